@@ -1,0 +1,115 @@
+"""``pymllm generate MODEL PROMPT``: one answer, streamed to stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pymllm_core.commands.base import (
+    SettingsCommand,
+    console,
+    is_terminal,
+    json_option,
+    print_json,
+    settings_of,
+)
+from pymllm_core.errors import EngineError
+
+if TYPE_CHECKING:
+    from pymllm_core.config import Settings
+    from pymllm_core.output import Delta
+
+
+@contextmanager
+def loaded(settings: Settings) -> Iterator[Any]:
+    """The model, loaded; while it loads, a person sees that something happens."""
+    status = None
+    if is_terminal(sys.stderr):
+        status = console(sys.stderr).status(f"loading {settings.server.model_path} …")
+        status.start()
+    try:
+        from pymllm_core import LLM
+
+        llm = LLM.from_settings(settings)
+    finally:
+        if status is not None:
+            status.stop()
+    with llm:
+        yield llm
+
+
+def checked(deltas: Iterator[Delta]) -> Iterator[Delta]:
+    """The deltas again. Raises EngineError where one reports an error."""
+    for delta in deltas:
+        yield delta
+        if delta.finish_reason == "error":
+            raise EngineError(delta.error or "the engine ended the request with an error")
+
+
+@click.command("generate", cls=SettingsCommand)
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy."
+)
+@click.option("--seed", type=int, help="Repeats the same answer.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    prompt: str | None,
+    max_tokens: int | None,
+    temperature: float,
+    seed: int | None,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Answer PROMPT (or standard input, for - or none) with MODEL."""
+    settings = settings_of(ctx, model)
+    text = _prompt(ctx, prompt)
+    from pymllm_core.request import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    with loaded(settings) as llm:
+        if raw:
+            deltas = llm.generate(text, params, stream=True)
+        else:
+            deltas = llm.chat([{"role": "user", "content": text}], params, stream=True)
+        if as_json:
+            print_json(_as_json(settings, list(checked(deltas))))
+            return
+        for delta in checked(deltas):
+            sys.stdout.write(delta.text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+def _prompt(ctx: click.Context, prompt: str | None) -> str:
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and is_terminal(sys.stdin):
+        raise click.UsageError("no prompt was given; give it as an argument or on standard input", ctx)
+    text = sys.stdin.read()
+    if not text:
+        raise click.UsageError("standard input was empty, so there is no prompt", ctx)
+    return text.removesuffix("\n")
+
+
+def _as_json(settings: Settings, deltas: list[Delta]) -> dict[str, Any]:
+    last = deltas[-1]
+    return {
+        "model": settings.server.public_name,
+        "text": "".join(delta.text for delta in deltas),
+        "token_ids": [token for delta in deltas for token in delta.token_ids],
+        "finish_reason": last.finish_reason,
+        "usage": dataclasses.asdict(last.usage),
+        "timings": dataclasses.asdict(last.timings) if last.timings else None,
+    }

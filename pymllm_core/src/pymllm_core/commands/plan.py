@@ -1,0 +1,132 @@
+"""``pymllm plan MODEL``: what would serve a model and why, without loading its weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pymllm_core.commands.base import (
+    SettingsCommand,
+    console,
+    human_bytes,
+    json_option,
+    print_json,
+    settings_of,
+)
+from pymllm_core.plugins import registry
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pymllm_core.plan import Plan
+    from pymllm_core.select import Choice
+
+
+@click.command("plan", cls=SettingsCommand)
+@click.argument("model")
+@json_option
+@click.pass_context
+def command(ctx: click.Context, model: str, as_json: bool) -> None:
+    """What would serve MODEL and why: plugins, kernels, memory, limits. Loads no weights."""
+    settings = settings_of(ctx, model)
+    from pymllm_core.plan import make_plan
+
+    plan = make_plan(settings, registry())
+    if as_json:
+        print_json(plan.to_json())
+    else:
+        render(plan, console())
+
+
+def render(plan: Plan, out: Console) -> None:
+    """Print the plan for a person: a table of choices, one of memory, one of limits, then the notes."""
+    device = plan.device
+    capability = ", compute capability {}.{}".format(*device.capability) if device.capability else ""
+    out.print(f"{plan.architecture} from {plan.model_path}", style="bold")
+    out.print(f"on {device.type}: {device.name}{capability}; {plan.dtype}, KV in {plan.kv_dtype}\n")
+    _render_choices(_choices(plan), out)
+    _render_pairs("Memory", _memory(plan), out)
+    _render_pairs("Limits", _limits(plan), out)
+    for note in plan.notes:
+        out.print(f"note: {note}", style="yellow")
+
+
+def _choices(plan: Plan) -> list[tuple[str, Choice[Any] | None]]:
+    rows: list[tuple[str, Choice[Any] | None]] = [
+        ("model", plan.model),
+        ("quantisation", plan.quant),
+        ("attention", plan.attention),
+        ("cache", plan.cache),
+    ]
+    rows += [(f"kernel {name}", choice) for name, choice in plan.kernels.items()]
+    rows += [(f"{kind.replace('_', ' ')} parser", choice) for kind, choice in plan.parsers.items()]
+    return rows
+
+
+def _render_choices(rows: list[tuple[str, Choice[Any] | None]], out: Console) -> None:
+    table = _table("For", "Chosen", "Why")
+    for what, choice in rows:
+        if choice is None:
+            table.add_row(what, "none", "")
+        else:
+            table.add_row(what, f"{choice.spec.name} ({choice.distribution})", choice.why)
+    out.print(table)
+    refused = [(what, choice) for what, choice in rows if choice is not None and choice.refused]
+    if refused:
+        out.print()
+        table = _table("For", "Refused", "Because")
+        for what, choice in refused:
+            for refusal in choice.refused:
+                table.add_row(what, f"{refusal.name} ({refusal.distribution})", refusal.reason)
+                what = ""
+        out.print(table)
+
+
+def _render_pairs(title: str, rows: list[tuple[str, str]], out: Console) -> None:
+    out.print()
+    table = _table(title, "")
+    for name, value in rows:
+        table.add_row(name, value)
+    out.print(table)
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    memory = plan.memory
+    tokens = memory.num_pages * memory.page_size
+    return [
+        ("free on the device", human_bytes(memory.available)),
+        ("budget", human_bytes(memory.budget)),
+        ("weights", human_bytes(memory.weights)),
+        ("workspace", human_bytes(memory.workspace)),
+        (
+            "KV cache",
+XX
+            f"in {memory.num_pages} pages of {memory.page_size}",
+        ),
+        ("left of the budget", human_bytes(memory.budget - memory.weights - memory.workspace - memory.kv)),
+    ]
+
+
+def _limits(plan: Plan) -> list[tuple[str, str]]:
+    limits = plan.limits
+    queued = "unlimited" if limits.max_queued_requests is None else str(limits.max_queued_requests)
+    return [
+        ("context length", f"{limits.context_length} tokens"),
+        ("running requests", str(limits.max_running_requests)),
+        ("queued requests", queued),
+        ("prefill a round", f"{limits.max_prefill_tokens} tokens"),
+        ("prefill of one request a round", f"{limits.chunked_prefill_size} tokens"),
+        ("KV pool", f"{limits.max_total_tokens} tokens"),
+    ]
+
+
+def _table(*headers: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in headers:
+        # Reasons wrap; names must stay whole to be copied.
+        table.add_column(header, overflow="fold")
+    return table

@@ -1,0 +1,100 @@
+"""Fill a graph's nodes, one after another, so that never more than one node is held twice."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pymllm_core.engine.checkpoint import Checkpoint
+from pymllm_core.errors import EngineError
+from pymllm_core.nn.builder import Builder
+from pymllm_core.protocols.quant import Reader, WeightSlot
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a start has come: what is being done, and bytes of it."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+
+    @property
+    def fraction(self) -> float:
+        return self.done / self.total if self.total else 0.0
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+class Cancelled(EngineError):
+    """Loading was told to stop."""
+
+
+def load_weights(
+    builder: Builder,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    *,
+    seed: int,
+    progress: ProgressCallback,
+    cancel: threading.Event,
+) -> None:
+    """Load every node of the graph from the checkpoint, or seeded random numbers where it is None.
+
+    Raises CheckpointError before the first tensor is read if names or shapes do not fit, and Cancelled
+    soon after `cancel` is set.
+    """
+    if checkpoint is None:
+        read: Reader = DummyReader(seed, device)
+    else:
+        checkpoint.check([slot for node in builder.nodes for slot in node.slots()], builder.ignored)
+        read = checkpoint.read
+    total, done = builder.weight_bytes, 0
+    progress(Progress("loading weights", 0, total))
+    for node in builder.nodes:
+        if cancel.is_set():
+            raise Cancelled("loading was interrupted")
+        node.load(read, device)
+        done += sum(slot.num_bytes for slot in node.slots())
+        progress(Progress("loading weights", done, total))
+
+
+class DummyReader:
+    """Seeded random weights for any shape (``load_format dummy``).
+
+    One block of normal numbers is made a tensor and repeated: timings need unlike numbers, not
+    independent ones, and an 8B model is filled in a second. Vectors (norms) are ones.
+    """
+
+    BLOCK = 1 << 22
+    STD = 0.02
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self._device = device
+
+    def __call__(self, slot: WeightSlot) -> Tensor:
+        if len(slot.shape) == 1 and slot.dtype.is_floating_point:
+            return torch.ones(slot.shape, dtype=slot.dtype, device=self._device)
+        generator = torch.Generator(self._device).manual_seed(self._seed ^ zlib.crc32(slot.name.encode()))
+        count = slot.num_bytes // slot.dtype.itemsize
+        size = min(count, self.BLOCK)
+        if slot.dtype.is_floating_point:
+            block = torch.empty(size, dtype=torch.float32, device=self._device)
+            block = block.normal_(0.0, self.STD, generator=generator).to(slot.dtype)
+        else:
+            low, high = torch.iinfo(slot.dtype).min, torch.iinfo(slot.dtype).max
+            block = torch.randint(
+                low, high, (size,), generator=generator, dtype=slot.dtype, device=self._device
+            )
+        tensor = torch.empty(count, dtype=slot.dtype, device=self._device)
+        for start in range(0, count, size):
+            piece = tensor[start : start + size]
+            piece.copy_(block[: piece.numel()])
+        return tensor.view(slot.shape)

@@ -1,0 +1,251 @@
+"""The offline API: a model in this process, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Literal, overload
+
+from typing_extensions import Self
+
+from pymllm_core.config import Settings
+from pymllm_core.engine.build import assemble, build_engine
+from pymllm_core.engine.engine import EngineStats
+from pymllm_core.engine.loader import ProgressCallback
+from pymllm_core.engine.processor import Processor
+from pymllm_core.errors import EngineError
+from pymllm_core.output import Completion, Delta, TokenLogprob
+from pymllm_core.plan import Plan
+from pymllm_core.request import Request, SamplingParams
+
+Prompt = str | Sequence[int]
+Message = dict[str, Any]
+Params = SamplingParams | None
+
+
+class LLM:
+    """A loaded model.
+
+    >>> with LLM("demo") as llm:  # doctest: +SKIP
+    ...     print(llm.chat([{"role": "user", "content": "Hello!"}]).text)
+
+    model: a folder, ``demo``, or a hub's id. Further keywords are the fields of `config.ServerSettings`,
+    plus ``quantization`` and ``kv_cache_dtype``. Not thread-safe; a server uses `AsyncEngine`.
+    """
+
+    def __init__(self, model: str, *, progress: ProgressCallback | None = None, **settings: Any) -> None:
+        self._start(Settings.of(model, **settings), progress)
+
+    @classmethod
+    def from_settings(cls, settings: Settings, *, progress: ProgressCallback | None = None) -> LLM:
+        """Like the constructor, from complete settings."""
+        llm = cls.__new__(cls)
+        llm._start(settings, progress)
+        return llm
+
+    def _start(self, settings: Settings, progress: ProgressCallback | None) -> None:
+        assembly = assemble(settings, weights=True)
+        self._engine = build_engine(assembly, progress=progress or (lambda _: None))
+
+    @property
+    def plan(self) -> Plan:
+        return self._engine.plan
+
+    @property
+    def processor(self) -> Processor:
+        return self._engine.processor
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    # -- generation -------------------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self, prompts: str, params: Params = ..., *, stream: Literal[False] = ..., progress: bool = ...
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: Params | Sequence[SamplingParams] = ...,
+        *,
+        stream: Literal[False] = ...,
+        progress: bool = ...,
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: Params | Sequence[SamplingParams] = ...,
+        *,
+        stream: Literal[True],
+    ) -> Iterator[Delta]: ...
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: Params | Sequence[SamplingParams] = None,
+        *,
+        stream: bool = False,
+        progress: bool = False,
+    ) -> Completion | list[Completion] | Iterator[Delta]:
+        """Continue one prompt or many; each is text or token ids.
+
+        A list gives a list in the same order. stream: an iterator of deltas instead, whose `request_id`
+        is the prompt's index in the list. progress: show a bar. Raises RequestError for a bad prompt.
+        """
+        single = isinstance(prompts, str)
+        many: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+        requests = [
+            self._prompt(prompt, p, str(index))
+            for index, (prompt, p) in enumerate(zip(many, self._each(params, len(many)), strict=True))
+        ]
+        if stream:
+            return self._stream(requests)
+        completions = self._complete(requests, progress)
+        return completions[0] if single else completions
+
+    @overload
+    def chat(
+        self,
+        messages: list[Message],
+        params: Params = ...,
+        *,
+        stream: Literal[False] = ...,
+        progress: bool = ...,
+        tools: list[dict[str, Any]] | None = ...,
+        template_kwargs: dict[str, Any] | None = ...,
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        messages: list[list[Message]],
+        params: Params | Sequence[SamplingParams] = ...,
+        *,
+        stream: Literal[False] = ...,
+        progress: bool = ...,
+        tools: list[dict[str, Any]] | None = ...,
+        template_kwargs: dict[str, Any] | None = ...,
+    ) -> list[Completion]: ...
+    @overload
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        params: Params | Sequence[SamplingParams] = ...,
+        *,
+        stream: Literal[True],
+        tools: list[dict[str, Any]] | None = ...,
+        template_kwargs: dict[str, Any] | None = ...,
+    ) -> Iterator[Delta]: ...
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        params: Params | Sequence[SamplingParams] = None,
+        *,
+        stream: bool = False,
+        progress: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> Completion | list[Completion] | Iterator[Delta]:
+        """Answer one conversation or many, through the model's chat template; otherwise as `generate`."""
+        single = not messages or isinstance(messages[0], dict)
+        chats: list[list[Message]] = [messages] if single else messages  # type: ignore[list-item, assignment]
+        requests = [
+            self.processor.from_chat(
+                chat, p, request_id=str(index), tools=tools, template_kwargs=template_kwargs
+            ).request
+            for index, (chat, p) in enumerate(zip(chats, self._each(params, len(chats)), strict=True))
+        ]
+        if stream:
+            return self._stream(requests)
+        completions = self._complete(requests, progress)
+        return completions[0] if single else completions
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """The deltas of a request made by `processor`; closing the iterator aborts it."""
+        return self._stream([request])
+
+    def close(self) -> None:
+        """End everything and let the model go."""
+        for sequence in [*self._engine.scheduler.running, *self._engine.scheduler.waiting]:
+            self._engine.abort(sequence.request.id)
+        del self._engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(AttributeError):
+            self.close()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _prompt(self, prompt: Prompt, params: Params, request_id: str) -> Request:
+        if isinstance(prompt, str):
+            return self.processor.from_text(prompt, params, request_id=request_id)
+        return self.processor.from_ids(prompt, params, request_id=request_id)
+
+    @staticmethod
+    def _each(params: Params | Sequence[SamplingParams], count: int) -> Sequence[Params]:
+        return [params] * count if params is None or isinstance(params, SamplingParams) else params
+
+    def _stream(self, requests: list[Request]) -> Iterator[Delta]:
+        engine = self._engine
+        unfinished: set[str] = set()
+        try:
+            for request in requests:
+                engine.add(request)
+                unfinished.add(request.id)
+            while unfinished:
+                for delta in engine.step():
+                    # Another iterator of this object may be half way through its own requests.
+                    if delta.request_id not in unfinished:
+                        continue
+                    if delta.finish_reason is not None:
+                        unfinished.discard(delta.request_id)
+                    if delta.error is not None:
+                        raise EngineError(delta.error)
+                    yield delta
+        finally:
+            for request_id in unfinished:
+                engine.abort(request_id)
+
+    def _complete(self, requests: list[Request], progress: bool) -> list[Completion]:
+        parts: dict[str, list[Delta]] = {request.id: [] for request in requests}
+        advance, done = _bar(len(requests)) if progress else (_nothing, _nothing)
+        try:
+            for delta in self._stream(requests):
+                parts[delta.request_id].append(delta)
+                if delta.finish_reason is not None:
+                    advance()
+        finally:
+            done()
+        return [_join(parts[request.id]) for request in requests]
+
+
+def _nothing() -> None:
+    pass
+
+
+def _bar(total: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A progress bar over finished prompts: (advance, close)."""
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=total, desc="generating", unit="prompt")
+    return (lambda: bar.update(1) and None), bar.close
+
+
+def _join(deltas: list[Delta]) -> Completion:
+    last = deltas[-1]
+    assert last.finish_reason is not None
+    logprobs: list[TokenLogprob] = [entry for delta in deltas for entry in delta.logprobs or ()]
+    return Completion(
+        request_id=last.request_id,
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        matched_stop=last.matched_stop,
+        logprobs=tuple(logprobs) if last.logprobs is not None else None,
+        timings=last.timings,
+    )

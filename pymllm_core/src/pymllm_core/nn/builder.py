@@ -1,0 +1,111 @@
+"""What a model's graph is built with: it makes the nodes and remembers them for loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from pymllm_core.nn import ops
+from pymllm_core.nn.attention import Attention
+from pymllm_core.nn.embedding import Embedding
+from pymllm_core.nn.linear import DenseScheme, Linear
+from pymllm_core.nn.norm import RMSNorm
+from pymllm_core.nn.rope import RopeConfig, Rotary
+from pymllm_core.protocols.quant import LinearLayer, LinearPart, QuantMethod, Reader, WeightSlot
+
+KernelFactory = Callable[[str, Mapping[str, int]], Any]
+"""From an operation and its dimensions to the kernel that the plan chose."""
+
+
+class Node(Protocol):
+    """A part of the graph that has weights."""
+
+    def slots(self) -> list[WeightSlot]: ...
+
+    def load(self, read: Reader, device: torch.device) -> None: ...
+
+
+class Builder:
+    """Makes nodes. Names are those of the checkpoint; nothing is allocated until `Node.load`.
+
+    dtype: the computation's. max_positions: the longest sequence of this engine. kernel: see
+    `KernelFactory`. quant: the checkpoint's quantisation method, None for none.
+    """
+
+    def __init__(
+        self, *, dtype: torch.dtype, max_positions: int, kernel: KernelFactory, quant: QuantMethod | None = None
+    ) -> None:
+        self.dtype = dtype
+        self.max_positions = max_positions
+        self.nodes: list[Node] = []
+        self.ignored: set[str] = set()
+        self._kernel = kernel
+        self._quant = quant
+
+    def linear(
+        self,
+        prefix: str,
+        parts: Mapping[str, int],
+        in_features: int,
+        *,
+        bias: bool = False,
+        act: str | None = None,
+    ) -> Linear:
+        """A fused linear of the projections `parts` (name below `prefix`: rows), in this order.
+
+        act ``silu_mul`` makes the result silu(first half) · second half.
+        """
+        layer = LinearLayer(
+            tuple(LinearPart(f"{prefix}.{name}", rows) for name, rows in parts.items()),
+            in_features,
+            bias=bias,
+            act=act,
+        )
+        return self._linear(layer)
+
+    def lm_head(self, name: str, embedding: Embedding, *, tied: bool) -> Linear:
+        """The output head. A tied head reads the embedding's tensor; a stored copy of it is ignored."""
+        vocab_size, hidden_size = embedding.slot.shape
+        if tied:
+            self.ignored.add(f"{name}.weight")
+            name = embedding.slot.name.removesuffix(".weight")
+        return self._linear(LinearLayer((LinearPart(name, vocab_size),), hidden_size))
+
+    def _linear(self, layer: LinearLayer) -> Linear:
+        scheme = self._quant.linear(layer, self.dtype) if self._quant is not None else None
+        if scheme is None:
+            scheme = DenseScheme(layer, self.dtype)
+        return self._add(Linear(layer, scheme, self._kernel(scheme.operation, scheme.shape)))
+
+    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Embedding:
+        return self._add(Embedding(name, vocab_size, hidden_size, self.dtype))
+
+    def norm(self, name: str, size: int, eps: float) -> RMSNorm:
+        return self._add(RMSNorm(name, size, eps, self.dtype))
+
+    def rotary(self, rope: RopeConfig, head_dim: int, trained_positions: int) -> Rotary:
+        return self._add(Rotary(rope, head_dim, self.max_positions, trained_positions))
+
+    def attention(
+        self,
+        layer: int,
+        *,
+        head_dim: int,
+        rotary: Rotary,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
+    ) -> Attention:
+        """The attention node of decoder layer `layer`."""
+        prep = self._kernel(ops.ATTENTION_PREP, {"head_dim": head_dim})
+        return Attention(layer, prep, rotary, q_norm, k_norm)
+
+    def _add(self, node: Any) -> Any:
+        self.nodes.append(node)
+        return node
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights; a tensor that two nodes read is counted twice where both keep a copy."""
+        return sum(slot.num_bytes for node in self.nodes for slot in node.slots())

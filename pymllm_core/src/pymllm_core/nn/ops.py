@@ -1,0 +1,103 @@
+"""The named operations and their definitions in plain torch.
+
+A kernel is a replacement for one of these, chosen by the plan; what it computes is defined here. Norms,
+activations and softmax are computed in float32 whatever the dtype of the tensors.
+
+==================  =============================================================================
+operation           tensors given to `pack`
+==================  =============================================================================
+``linear``          ``weight`` [N, K], optional ``bias`` [N]
+``attention_prep``  none; see `attention_prep`
+==================  =============================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LINEAR = "linear"
+ATTENTION_PREP = "attention_prep"
+OPERATIONS = (LINEAR, ATTENTION_PREP)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich, arXiv:1910.07467).
+
+    The normalised value is rounded to x's dtype before the weight multiplies it, as Qwen3 was trained.
+    """
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """silu(gate) · up of x = [gate, up] along the last dimension (SwiGLU, Shazeer, arXiv:2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout. x: [T, H, D]; cos, sin: [T, D / 2] float32."""
+    half = x.shape[-1] // 2
+    # Rounded to x's dtype first, as transformers does, so that float32 and bf16 both agree with it.
+    cos, sin = cos.to(x.dtype)[:, None, :], sin.to(x.dtype)[:, None, :]
+    low, high = x[..., :half], x[..., half:]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+class AttentionPrep(Protocol):
+    """The operation ``attention_prep``: from the fused projection to rotated queries and a filled cache."""
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor: ...
+
+
+def attention_prep(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Normalise q and k per head, rotate them, write k and v to the cache, return q [T, H, D].
+
+    qkv: [T, (H + 2 KVH) D]. positions, slots: [T] int64; a token with slot < 0 is not written.
+    cos_sin: [max_position, D] float32, cosines then sines. q_weight, k_weight: [D], or None for no norm.
+    k_cache, v_cache: [num_slots, KVH, D].
+    """
+    _, num_kv_heads, head_dim = k_cache.shape
+    tokens = qkv.shape[0]
+    kv_width = num_kv_heads * head_dim
+    q, k, v = qkv.split((qkv.shape[1] - 2 * kv_width, kv_width, kv_width), dim=1)
+    q = q.view(tokens, -1, head_dim)
+    k = k.view(tokens, num_kv_heads, head_dim)
+    if q_weight is not None:
+        q = rms_norm(q, q_weight, eps)
+    if k_weight is not None:
+        k = rms_norm(k, k_weight, eps)
+    cos, sin = cos_sin[positions].chunk(2, dim=-1)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    v = v.view(tokens, num_kv_heads, head_dim)
+    # Padding tokens (graphs of a fixed size) point at the last slot, which belongs to no page.
+    where = torch.where(slots < 0, k_cache.shape[0] - 1, slots)
+    k_cache.index_copy_(0, where, k.to(k_cache.dtype))
+    v_cache.index_copy_(0, where, v.to(v_cache.dtype))
+    return q

@@ -1,0 +1,88 @@
+"""Contract of quantisation methods: which scheme serves a linear, and what a scheme stores and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """A tensor that the checkpoint must hold. optional: a missing one is not an error."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    optional: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+Reader = Callable[[WeightSlot], "Tensor | None"]
+"""Gives a slot's tensor as stored (memory-mapped, on the CPU); None for an absent optional one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPart:
+    """One projection of a fused linear: its name in the checkpoint and its rows."""
+
+    name: str
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A linear as the model asks for it: parts stacked along the rows, one input.
+
+    act: None, or ``silu_mul`` where the parts are gate and up.
+    """
+
+    parts: tuple[LinearPart, ...]
+    in_features: int
+    bias: bool = False
+    act: str | None = None
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+
+class LinearScheme(Protocol):
+    """How one linear is stored and which named operation runs it.
+
+    operation: a name of `nn.ops`, e.g. ``linear`` or ``w8a8_linear``. shape: the dimensions by which a
+    kernel for it is chosen, at least ``K`` and ``N``.
+    """
+
+    name: str
+    operation: str
+    shape: Mapping[str, int]
+
+    def slots(self) -> list[WeightSlot]:
+        """The tensors to be read from the checkpoint."""
+        ...
+
+    def load(self, read: Reader, device: torch.device) -> dict[str, Tensor]:
+        """Read the slots into the fused tensors which the operation's kernels `pack`."""
+        ...
+
+
+class QuantMethod(Protocol):
+    """Decides the scheme of every linear of one checkpoint."""
+
+    def linear(self, layer: LinearLayer, dtype: torch.dtype) -> LinearScheme | None:
+        """The scheme, or None where the layer is stored unquantised."""
+        ...
+
+
+QuantMethodFactory = Callable[[Mapping[str, Any]], QuantMethod]
+"""From a checkpoint's ``quantization_config``; raises CheckpointError naming the field not supported."""

@@ -1,0 +1,71 @@
+"""The part of a Qwen3 config.json that the model reads, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pymllm_core.errors import CheckpointError
+from pymllm_core.nn.rope import RopeConfig
+from pymllm_core.protocols.model import ModelShape
+
+DEFAULT_THETA = 1_000_000.0
+
+
+class Qwen3Config(BaseModel):
+    """Field names are config.json's; sizes in elements. Class defaults are no model's values."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True)
+
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0, multiple_of=2)
+    max_position_embeddings: int = Field(gt=0)
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+    use_sliding_window: bool = False
+    rope: RopeConfig
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Qwen3Config:
+        """From config.json. Raises CheckpointError naming each field at fault."""
+        fields = dict(config)
+        if not fields.get("head_dim") and fields.get("num_attention_heads"):
+            fields["head_dim"] = int(fields.get("hidden_size", 0)) // int(fields["num_attention_heads"])
+        try:
+            read = cls(**{**fields, "rope": RopeConfig.read(config, default_theta=DEFAULT_THETA)})
+        except ValidationError as error:
+            found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise CheckpointError(f"config.json of a Qwen3 model: {found}") from error
+        if read.num_attention_heads % read.num_key_value_heads:
+            raise CheckpointError(
+                f"config.json: num_attention_heads={read.num_attention_heads} is no multiple of "
+                f"num_key_value_heads={read.num_key_value_heads}"
+            )
+        if read.hidden_act != "silu":
+            raise CheckpointError(f"config.json: hidden_act={read.hidden_act!r} is not supported; Qwen3 has silu")
+        if read.use_sliding_window:
+            raise CheckpointError("config.json: use_sliding_window=true is not supported")
+        return read
+
+    def shape(self) -> ModelShape:
+        # YaRN stretches the trained length; published configs keep the unstretched number beside it.
+        scaling = self.rope.scaling
+        stretched = float(scaling.get("factor") or 1) * float(scaling.get("original_max_position_embeddings") or 0)
+        return ModelShape(
+            num_layers=self.num_hidden_layers,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            max_positions=max(self.max_position_embeddings, int(stretched)),
+        )

@@ -1,0 +1,45 @@
+"""Registers the Qwen3 family."""
+
+from __future__ import annotations
+
+from pymllm_core.hookspecs import hookimpl
+from pymllm_core.specs import ModelSpec, OutputParserSpec
+
+CONTRACT = "1.0"
+
+
+@hookimpl
+def pymllm_models() -> list[ModelSpec]:
+    return [
+        ModelSpec(
+            name="Qwen3ForCausalLM",
+            implementation="pymllm_qwen3.text:Qwen3ForCausalLM",
+            reasoning_parser="qwen3",
+            tool_call_parser="hermes",
+        )
+    ]
+
+
+@hookimpl
+def pymllm_output_parsers() -> list[OutputParserSpec]:
+    reasoning = {
+        "qwen3": "Qwen3Reasoning",
+        "qwen3-thinking": "Qwen3ThinkingReasoning",
+        "deepseek-r1": "DeepseekR1Reasoning",
+        "glm45": "Glm45Reasoning",
+        "kimi": "KimiReasoning",
+    }
+    tool_calls = {
+        "hermes": "HermesToolCallParser",
+        "qwen25": "HermesToolCallParser",
+        "qwen3_coder": "Qwen3CoderToolCallParser",
+        "llama3": "Llama3ToolCallParser",
+    }
+    return [
+        *(_parser("reasoning", "parsers", name, attribute) for name, attribute in reasoning.items()),
+        *(_parser("tool_calls", "tool_parsers", name, attribute) for name, attribute in tool_calls.items()),
+    ]
+
+
+def _parser(kind: str, module: str, name: str, attribute: str) -> OutputParserSpec:
+    return OutputParserSpec(kind=kind, name=name, implementation=f"pymllm_qwen3.{module}:{attribute}")
