@@ -9,9 +9,9 @@ from typing import NoReturn
 import click
 
 from pymllm_core.errors import ConfigError, PluginError, PymllmError
-from pymllm_core.flags import suggestion
 from pymllm_core.plugins import Registry, registry
 from pymllm_core.specs import CommandSpec
+from pymllm_core.suggest import suggestion
 
 TRACEBACK_VARIABLE = "PYMLLM_TRACEBACK"
 EXIT_ERROR = 1

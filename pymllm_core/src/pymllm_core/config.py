@@ -33,7 +33,9 @@ class ServerSettings(Section):
         "auto", description="dummy: seeded random weights, config.json is enough"
     )
     trust_remote_code: bool = Field(False, description="run tokenizer code shipped with the checkpoint")
-    download_dir: Path | None = Field(None, description="where downloaded models go; default: the hub's cache")
+    download_dir: Path | None = Field(
+        None, description="where downloaded models go; default: the hub's cache"
+    )
     context_length: int | None = Field(None, ge=1, description="longest prompt plus answer, in tokens")
     dtype: DType = Field("auto", description="computation; auto: the checkpoint's, as the device allows")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
@@ -53,13 +55,17 @@ class ServerSettings(Section):
     max_running_requests: int | None = Field(None, ge=1, description="sequences decoded together")
     max_queued_requests: int | None = Field(None, ge=0, description="waiting requests before 429")
     max_total_tokens: int | None = Field(None, ge=1, description="capacity of the KV pool in tokens")
-    chunked_prefill_size: int | None = Field(None, ge=1, description="most prompt tokens of one sequence a round")
+    chunked_prefill_size: int | None = Field(
+        None, ge=1, description="most prompt tokens of one sequence a round"
+    )
     max_prefill_tokens: int | None = Field(None, ge=1, description="most prompt tokens of one round")
     schedule_policy: Literal["auto", "fcfs"] = Field("auto", description="order of admission")
     schedule_conservativeness: float = Field(
         1.0, gt=0, description="pages kept free for each running sequence before a new one is admitted"
     )
-    sleep_on_idle: bool | None = Field(None, description="the engine always sleeps when idle; false is refused")
+    sleep_on_idle: bool | None = Field(
+        None, description="the engine always sleeps when idle; false is refused"
+    )
     stream_interval: int = Field(1, ge=1, description="tokens between two streamed deltas")
     stream_output: bool = Field(True, description="/generate streams new text; false: the text so far")
     # Backends
@@ -73,14 +79,22 @@ class ServerSettings(Section):
     torch_compile_max_bs: int | None = Field(None, ge=1, description="refused with enable_torch_compile")
     random_seed: int = Field(42, description="for dummy weights and for requests without a seed")
     # Output
-    reasoning_parser: str | None = Field(None, description="default: the model family's; `none` switches it off")
-    tool_call_parser: str | None = Field(None, description="default: the model family's; `none` switches it off")
+    reasoning_parser: str | None = Field(
+        None, description="default: the model family's; `none` switches it off"
+    )
+    tool_call_parser: str | None = Field(
+        None, description="default: the model family's; `none` switches it off"
+    )
     # Logs
-    log_level: Literal["debug", "info", "warning", "error", "critical"] = Field("info", description="verbosity")
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = Field(
+        "info", description="verbosity"
+    )
     enable_metrics: bool = Field(False, description="serve Prometheus metrics at /metrics")
     show_time_cost: bool = Field(False, description="log the timings of each finished request")
     enable_debug_timing: bool = Field(False, description="add debug_timing to answers")
-    decode_log_interval: int = Field(40, ge=1, description="decode steps between two progress lines in the log")
+    decode_log_interval: int = Field(
+        40, ge=1, description="decode steps between two progress lines in the log"
+    )
     # Cache and IPC
     disable_radix_cache: bool = Field(False, description="share no prefixes (chunk cache)")
     radix_cache_page_size: int = Field(16, ge=1, description="tokens in one KV page, the unit of sharing")
@@ -90,8 +104,12 @@ class ServerSettings(Section):
         "default", description="others are refused: the engine lives in the server's process"
     )
     cuda_ipc_pool_size_mb: int | None = Field(None, ge=1, description="refused with tensor_transport_mode")
-    cuda_ipc_recycle_interval: float | None = Field(None, gt=0, description="refused with tensor_transport_mode")
-    extra_options: dict[str, Any] = Field(default_factory=dict, description="refused unless a plugin reads them")
+    cuda_ipc_recycle_interval: float | None = Field(
+        None, gt=0, description="refused with tensor_transport_mode"
+    )
+    extra_options: dict[str, Any] = Field(
+        default_factory=dict, description="refused unless a plugin reads them"
+    )
 
     @model_validator(mode="after")
     def _refuse(self) -> Self:

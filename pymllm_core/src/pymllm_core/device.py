@@ -49,10 +49,9 @@ def memory_info() -> tuple[int, int]:
     """(MemTotal, MemAvailable) in bytes, lowered to this process's cgroup limit where one is set."""
     fields: dict[str, int] = {}
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                name, _, rest = line.partition(":")
-                fields[name] = int(rest.split()[0]) * 1024
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            name, _, rest = line.partition(":")
+            fields[name] = int(rest.split()[0]) * 1024
     except OSError:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total, total

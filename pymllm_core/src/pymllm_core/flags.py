@@ -6,12 +6,11 @@ The library that parses flags knows neither ``--flag`` alone for a boolean nor `
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -19,6 +18,7 @@ from pydantic import BaseModel, SecretStr
 
 from pymllm_core.config import Settings
 from pymllm_core.errors import ConfigError
+from pymllm_core.suggest import suggestion
 
 CONFIG_FLAG = "--config"
 BOOLEANS = {"true": "true", "1": "true", "yes": "true", "on": "true"} | {
@@ -77,15 +77,6 @@ def flags() -> dict[str, Flag]:
             flag = Flag(section, field, kind, metavar, _default(given), details.description or "")
             found[flag.name] = flag
     return found
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """`` did you mean …?`` with the nearest of `known`, or nothing."""
-    known = list(known)
-    # A bare field name (--port) stands for the flag that ends with it.
-    near = [flag for flag in known if flag.rpartition(".")[2] == name.lstrip("-")]
-    near += difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-    return f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
 
 
 def is_settings_flag(token: str) -> bool:

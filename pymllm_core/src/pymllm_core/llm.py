@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 from typing_extensions import Self
@@ -46,6 +49,8 @@ class LLM:
     def _start(self, settings: Settings, progress: ProgressCallback | None) -> None:
         assembly = assemble(settings, weights=True)
         self._engine = build_engine(assembly, progress=progress or (lambda _: None))
+        self._numbers = itertools.count()
+        self._queues: dict[str, deque[Delta]] = {}
 
     @property
     def plan(self) -> Plan:
@@ -61,7 +66,7 @@ class LLM:
     # -- generation -------------------------------------------------------------------------------
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, and comes first
         self, prompts: str, params: Params = ..., *, stream: Literal[False] = ..., progress: bool = ...
     ) -> Completion: ...
     @overload
@@ -167,8 +172,10 @@ class LLM:
 
     def close(self) -> None:
         """End everything and let the model go."""
-        for sequence in [*self._engine.scheduler.running, *self._engine.scheduler.waiting]:
-            self._engine.abort(sequence.request.id)
+        for request_id in list(self._queues):
+            last = self._engine.abort(request_id)
+            if last is not None:
+                self._queues[request_id].append(last)
         del self._engine
 
     def __enter__(self) -> Self:
@@ -191,24 +198,31 @@ class LLM:
 
     def _stream(self, requests: list[Request]) -> Iterator[Delta]:
         engine = self._engine
-        unfinished: set[str] = set()
+        # Several iterators may be half way through their requests, and may use the same ids: the engine's
+        # ids are unique, and whoever makes a step puts what it brings into the queue of whom it concerns.
+        names: dict[str, str] = {}
+        mine: deque[Delta] = deque()
         try:
             for request in requests:
-                engine.add(request)
-                unfinished.add(request.id)
-            while unfinished:
-                for delta in engine.step():
-                    # Another iterator of this object may be half way through its own requests.
-                    if delta.request_id not in unfinished:
-                        continue
-                    if delta.finish_reason is not None:
-                        unfinished.discard(delta.request_id)
-                    if delta.error is not None:
-                        raise EngineError(delta.error)
-                    yield delta
+                unique = f"{next(self._numbers)}.{request.id}"
+                engine.add(replace(request, id=unique))
+                names[unique] = request.id
+                self._queues[unique] = mine
+            while names:
+                while not mine:
+                    for delta in engine.step():
+                        self._queues[delta.request_id].append(delta)
+                delta = mine.popleft()
+                name = names[delta.request_id]
+                if delta.finish_reason is not None:
+                    del names[delta.request_id], self._queues[delta.request_id]
+                if delta.error is not None:
+                    raise EngineError(delta.error)
+                yield replace(delta, request_id=name)
         finally:
-            for request_id in unfinished:
-                engine.abort(request_id)
+            for unique in names:
+                del self._queues[unique]
+                engine.abort(unique)
 
     def _complete(self, requests: list[Request], progress: bool) -> list[Completion]:
         parts: dict[str, list[Delta]] = {request.id: [] for request in requests}
@@ -229,10 +243,12 @@ def _nothing() -> None:
 
 def _bar(total: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """A progress bar over finished prompts: (advance, close)."""
-    from tqdm.auto import tqdm
+    from rich.progress import Progress
 
-    bar = tqdm(total=total, desc="generating", unit="prompt")
-    return (lambda: bar.update(1) and None), bar.close
+    bar = Progress(transient=True)
+    task = bar.add_task("generating", total=total)
+    bar.start()
+    return (lambda: bar.advance(task)), bar.stop
 
 
 def _join(deltas: list[Delta]) -> Completion:

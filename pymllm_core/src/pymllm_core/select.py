@@ -94,8 +94,9 @@ def _unknown(
             "uninstall one of them"
         )
     known = ", ".join(sorted(candidate.spec.name for candidate in candidates)) or "none"
-    return f"{what} {name!r} was asked for, but no installed plugin provides it; available: {known}" + _failures(
-        registry
+    return (
+        f"{what} {name!r} was asked for, but no installed plugin provides it; available: {known}"
+        + _failures(registry)
     )
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pymllm_core.config import Settings
 from pymllm_core.errors import ConfigError
-from pymllm_core.flags import Flag, flags, normalise, suggestion
+from pymllm_core.flags import Flag, flags, normalise
+from pymllm_core.suggest import suggestion
 
 if TYPE_CHECKING:
     import click

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -59,7 +61,8 @@ class Needs:
 
     devices: ``cpu``, ``cuda``. capability_min/max: CUDA compute capability, both inclusive.
     cpu_flags: names as in /proc/cpuinfo. dtypes: computation dtypes. modules: importable optional
-    dependencies, each with the pip requirement that provides it. shape: rules by dimension name;
+    dependencies, each with the pip requirement that provides it. programs: groups of commands, one of each
+    group must be on the PATH ($CXX counts as a C++ compiler). shape: rules by dimension name;
     a dimension that the situation does not name is not checked.
     """
 
@@ -69,6 +72,7 @@ class Needs:
     cpu_flags: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     modules: Mapping[str, str] = field(default_factory=dict)
+    programs: tuple[tuple[str, ...], ...] = ()
     shape: Mapping[str, ShapeRule] = field(default_factory=dict)
 
     def reason(self, want: Want) -> str | None:
@@ -95,6 +99,10 @@ class Needs:
         for module, requirement in self.modules.items():
             if not _importable(module):
                 return f"needs the package {requirement}, which is not installed"
+        for group in self.programs:
+            named = os.environ.get("CXX") if "c++" in group else None
+            if not any(shutil.which(program) for program in (named, *group) if program):
+                return f"needs one of the programs {', '.join(group)}, and none is on the PATH"
         return None
 
 

@@ -51,7 +51,9 @@ class Qwen3Config(BaseModel):
                 f"num_key_value_heads={read.num_key_value_heads}"
             )
         if read.hidden_act != "silu":
-            raise CheckpointError(f"config.json: hidden_act={read.hidden_act!r} is not supported; Qwen3 has silu")
+            raise CheckpointError(
+                f"config.json: hidden_act={read.hidden_act!r} is not supported; Qwen3 has silu"
+            )
         if read.use_sliding_window:
             raise CheckpointError("config.json: use_sliding_window=true is not supported")
         return read
@@ -59,7 +61,8 @@ class Qwen3Config(BaseModel):
     def shape(self) -> ModelShape:
         # YaRN stretches the trained length; published configs keep the unstretched number beside it.
         scaling = self.rope.scaling
-        stretched = float(scaling.get("factor") or 1) * float(scaling.get("original_max_position_embeddings") or 0)
+        original = float(scaling.get("original_max_position_embeddings") or 0)
+        stretched = original * float(scaling.get("factor") or 1)
         return ModelShape(
             num_layers=self.num_hidden_layers,
             num_heads=self.num_attention_heads,

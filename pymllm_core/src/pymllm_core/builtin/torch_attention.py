@@ -12,8 +12,9 @@ from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, Lay
 class TorchAttention:
     """Gathers each sequence's pages and attends with `scaled_dot_product_attention`."""
 
-    def __init__(self, config: AttentionConfig) -> None:
+    def __init__(self, config: AttentionConfig, *, batch_decodes: bool | None = None) -> None:
         self._config = config
+        self._batch_decodes = config.device.type != "cpu" if batch_decodes is None else batch_decodes
         self._group = config.num_heads // config.num_kv_heads
         self._slots: list[Tensor] = []
         self._decode_slots = torch.empty(0)
@@ -24,10 +25,10 @@ class TorchAttention:
         """Work out, once for all layers, which slots every sequence reads.
 
         On a GPU all decodes are one padded call; on a CPU, where a call is cheap and padding is not, each
-        sequence has its own.
+        sequence has its own (unless `batch_decodes` says otherwise).
         """
         device = self._config.device
-        self._batched = ctx.num_decodes if device.type != "cpu" else 0
+        self._batched = ctx.num_decodes if self._batch_decodes else 0
         offsets = torch.arange(ctx.page_size, device=device)
         if self._batched:
             longest = max(ctx.kv_lens_host[: self._batched])

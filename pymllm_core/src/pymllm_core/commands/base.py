@@ -26,7 +26,8 @@ class SettingsCommand(click.Command):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        from pymllm_core.flags import flags, partition, suggestion
+        from pymllm_core.flags import flags, partition
+        from pymllm_core.suggest import suggestion
 
         ctx.meta[_META], rest = partition(args)
         try:

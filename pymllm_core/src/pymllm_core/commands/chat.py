@@ -55,9 +55,7 @@ class Conversation:
 @click.argument("model")
 @click.option("--system", help="System prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 is greedy."
-)
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy. [default: the model's]")
 @click.option("--seed", type=int, help="Repeats the same answers.")
 @click.pass_context
 def command(
@@ -65,17 +63,15 @@ def command(
     model: str,
     system: str | None,
     max_tokens: int | None,
-    temperature: float,
+    temperature: float | None,
     seed: int | None,
 ) -> None:
     """Talk to MODEL. Ctrl-C stops an answer, /help lists what else there is."""
     settings = settings_of(ctx, model)
-    from pymllm_core.request import SamplingParams
-
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     out = console()
     with loaded(settings) as llm:
+        params = llm.processor.sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
         if interactive:
             out.print(f"{settings.server.public_name}. {HELP}", style=DIM)
         converse(llm, Conversation(system), params, read_lines(interactive), out, interactive=interactive)
@@ -117,6 +113,8 @@ def converse(
                 return
             if interactive:
                 out.print(said, style=DIM)
+            else:
+                click.echo(said, err=True)
             continue
         conversation.turns.append({"role": "user", "content": line})
         try:

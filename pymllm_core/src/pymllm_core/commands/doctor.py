@@ -22,7 +22,8 @@ MARKS = {"ok": ("ok", "green"), "info": ("--", "dim"), "warn": ("!!", "yellow"),
 def command(ctx: click.Context, as_json: bool) -> None:
     """Examine the machine and run one small kernel of each backend; exit 1 if something is broken."""
     # A kernel that was built for another CPU ends the process; at least the traceback names it then.
-    faulthandler.enable()
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     found = list(all_checks()) if as_json else _render(all_checks())
     failed = [check for check in found if check.status == "fail"]
     if as_json:

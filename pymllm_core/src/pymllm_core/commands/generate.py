@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +22,37 @@ from pymllm_core.errors import EngineError
 
 if TYPE_CHECKING:
     from pymllm_core.config import Settings
+    from pymllm_core.engine.loader import Progress as LoadProgress
     from pymllm_core.output import Delta
 
 
 @contextmanager
 def loaded(settings: Settings) -> Iterator[Any]:
-    """The model, loaded; while it loads, a person sees that something happens."""
-    status = None
-    if is_terminal(sys.stderr):
-        status = console(sys.stderr).status(f"loading {settings.server.model_path} …")
-        status.start()
-    try:
-        from pymllm_core import LLM
+    """The model, loaded; while it loads, a person sees how far it is."""
+    with _loading_bar(settings.server.model_path) as progress:
+        from pymllm_core import LLM  # brings torch along
 
-        llm = LLM.from_settings(settings)
-    finally:
-        if status is not None:
-            status.stop()
+        llm = LLM.from_settings(settings, progress=progress)
     with llm:
         yield llm
+
+
+@contextmanager
+def _loading_bar(model: str) -> Iterator[Callable[[LoadProgress], None] | None]:
+    """A bar on stderr that goes away at the end; None where nobody looks at it."""
+    if not is_terminal(sys.stderr):
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
+        task = bar.add_task(f"starting {model}", total=None)
+
+        def show(news: LoadProgress) -> None:
+            bar.update(task, description=news.stage, completed=news.done, total=news.total or None)
+
+        yield show
 
 
 def checked(deltas: Iterator[Delta]) -> Iterator[Delta]:
@@ -55,9 +67,7 @@ def checked(deltas: Iterator[Delta]) -> Iterator[Delta]:
 @click.argument("model")
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy."
-)
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy. [default: the model's]")
 @click.option("--seed", type=int, help="Repeats the same answer.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
 @json_option
@@ -67,7 +77,7 @@ def command(
     model: str,
     prompt: str | None,
     max_tokens: int | None,
-    temperature: float,
+    temperature: float | None,
     seed: int | None,
     raw: bool,
     as_json: bool,
@@ -75,10 +85,8 @@ def command(
     """Answer PROMPT (or standard input, for - or none) with MODEL."""
     settings = settings_of(ctx, model)
     text = _prompt(ctx, prompt)
-    from pymllm_core.request import SamplingParams
-
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with loaded(settings) as llm:
+        params = llm.processor.sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
         if raw:
             deltas = llm.generate(text, params, stream=True)
         else:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pymllm_core.plan import Plan
-    from pymllm_core.select import Choice
+    from pymllm_core.select import Choice, Refusal
 
 
 @click.command("plan", cls=SettingsCommand)
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def command(ctx: click.Context, model: str, as_json: bool) -> None:
     """What would serve MODEL and why: plugins, kernels, memory, limits. Loads no weights."""
     settings = settings_of(ctx, model)
-    from pymllm_core.plan import make_plan
+    from pymllm_core.engine.build import make_plan  # brings torch along
 
     plan = make_plan(settings, registry())
     if as_json:
@@ -72,15 +72,32 @@ def _render_choices(rows: list[tuple[str, Choice[Any] | None]], out: Console) ->
         else:
             table.add_row(what, f"{choice.spec.name} ({choice.distribution})", choice.why)
     out.print(table)
-    refused = [(what, choice) for what, choice in rows if choice is not None and choice.refused]
-    if refused:
+    if refused := _refused(rows):
         out.print()
         table = _table("For", "Refused", "Because")
-        for what, choice in refused:
-            for refusal in choice.refused:
-                table.add_row(what, f"{refusal.name} ({refusal.distribution})", refusal.reason)
-                what = ""
+        for what, refusals in refused:
+            for number, refusal in enumerate(refusals):
+                named = f"{refusal.name} ({refusal.distribution})"
+                table.add_row("" if number else what, named, refusal.reason)
         out.print(table)
+
+
+def _refused(rows: list[tuple[str, Choice[Any] | None]]) -> list[tuple[str, tuple[Refusal, ...]]]:
+    """Who was refused for what; shapes of one operation that say the same are said once.
+
+    That another name was asked for is no news to whoever asked; --json has that, too.
+    """
+    said: dict[tuple[str, tuple[Refusal, ...]], list[str]] = {}
+    for what, choice in rows:
+        refusals = choice.refused if choice is not None else ()
+        telling = tuple(refusal for refusal in refusals if not refusal.reason.endswith("was asked for"))
+        if telling:
+            kind = " ".join(what.split(" ")[:2]) if what.startswith("kernel ") else what
+            said.setdefault((kind, telling), []).append(what)
+    return [
+        (whats[0] if len(whats) == 1 else f"{kind} ({len(whats)} shapes)", refusals)
+        for (kind, refusals), whats in said.items()
+    ]
 
 
 def _render_pairs(title: str, rows: list[tuple[str, str]], out: Console) -> None:
@@ -94,16 +111,15 @@ def _render_pairs(title: str, rows: list[tuple[str, str]], out: Console) -> None
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     memory = plan.memory
     tokens = memory.num_pages * memory.page_size
+    pages = f"{memory.num_pages} pages of {memory.page_size}"
+    each = human_bytes(memory.kv_bytes_per_token)
+    kv = f"{human_bytes(memory.kv)}: {tokens} tokens in {pages}, {each} a token"
     return [
         ("free on the device", human_bytes(memory.available)),
         ("budget", human_bytes(memory.budget)),
         ("weights", human_bytes(memory.weights)),
         ("workspace", human_bytes(memory.workspace)),
-        (
-            "KV cache",
-XX
-            f"in {memory.num_pages} pages of {memory.page_size}",
-        ),
+        ("KV cache", kv),
         ("left of the budget", human_bytes(memory.budget - memory.weights - memory.workspace - memory.kv)),
     ]
 

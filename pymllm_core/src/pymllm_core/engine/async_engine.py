@@ -203,9 +203,7 @@ class AsyncEngine:
                 raise Cancelled("loading was interrupted")
 
         report(Progress("choosing plugins"))
-        assembly = assemble(
-            self._settings, progress=lambda *step: report(Progress(*step)), weights=True
-        )
+        assembly = assemble(self._settings, progress=lambda *step: report(Progress(*step)), weights=True)
         self._plan = assembly.plan
         return build_engine(assembly, progress=report, cancel=self._cancel)
 
@@ -240,7 +238,9 @@ class AsyncEngine:
     def _deliver(self, deltas: list[Delta]) -> None:
         for delta in deltas:
             finished = delta.finish_reason is not None
-            stream = self._streams.pop(delta.request_id, None) if finished else self._streams.get(delta.request_id)
+            stream = (
+                self._streams.pop(delta.request_id, None) if finished else self._streams.get(delta.request_id)
+            )
             if stream is not None:
                 stream.put([delta])
 
@@ -248,9 +248,7 @@ class AsyncEngine:
         reason: Literal["abort", "error"] = "error" if self.state == "failed" else "abort"
         message = str(self.error) if self.error is not None else "the engine was stopped"
         for request_id in list(self._streams):
-            self._deliver_one(
-                Delta(request_id, "", (), Usage(0, 0), finish_reason=reason, error=message)
-            )
+            self._deliver_one(Delta(request_id, "", (), Usage(0, 0), finish_reason=reason, error=message))
 
     def _post(self, command: Callable[[Engine], None]) -> None:
         with self._wake:

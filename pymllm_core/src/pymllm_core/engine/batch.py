@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from pymllm_core.engine.sequence import Sequence
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Chunk:
     """Tokens [start, start + count) of a sequence; `samples` where they end at its last token.
 
     from_device: the (single) input token is still on the device, sampled by the step before.

@@ -100,9 +100,7 @@ def assemble(
     """
     registry = registry or plugins.registry()
     server = settings.server
-    device = describe_device(
-        server.base_gpu_id, force=None if server.device == "auto" else server.device
-    )
+    device = describe_device(server.base_gpu_id, force=None if server.device == "auto" else server.device)
     options = SourceOptions(
         download_dir=server.download_dir,
         progress=progress,
@@ -113,9 +111,7 @@ def assemble(
     dtype = _dtype(settings, config, device)
     want = Want(device, dtype)
     architecture = _architecture(config, folder)
-    model_choice = choose(
-        registry, ModelSpec, want, what="model architecture", explicit=architecture
-    )
+    model_choice = choose(registry, ModelSpec, want, what="model architecture", explicit=architecture)
     model_class: type[Model] = model_choice.spec.load()
     shape = model_class.shape(config)
     context = _context_length(settings, shape)
@@ -358,9 +354,7 @@ def _parser(
     if name in (None, "none"):
         return None
     among = [r for r in registry.all(OutputParserSpec) if r.spec.kind == kind]
-    return choose(
-        registry, OutputParserSpec, want, what=f"{kind} parser", explicit=name, among=among
-    )
+    return choose(registry, OutputParserSpec, want, what=f"{kind} parser", explicit=name, among=among)
 
 
 def _workspace(shape: ModelShape, running: int, prefill: int, itemsize: int) -> int:
@@ -375,10 +369,11 @@ def _workspace(shape: ModelShape, running: int, prefill: int, itemsize: int) -> 
 def _notes(settings: Settings, device: DeviceInfo, dtype: str) -> list[str]:
     """Settings that are accepted and concern nothing here, said aloud."""
     server = settings.server
-    notes = []
-    for flag in ("gdn_decode_backend", "gdn_extend_backend"):
-        if getattr(server, flag) != "auto":
-            notes.append(f"--server.{flag} is unused: this model has no gated delta-net layers")
+    notes = [
+        f"--server.{flag} is unused: this model has no gated delta-net layers"
+        for flag in ("gdn_decode_backend", "gdn_extend_backend")
+        if getattr(server, flag) != "auto"
+    ]
     if server.enable_mamba_cache:
         notes.append("--server.enable_mamba_cache is unused: this model has no state-space layers")
     if server.disable_cuda_graph:

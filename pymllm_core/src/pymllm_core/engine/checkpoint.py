@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
+import mmap
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,6 +47,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[Path, Any] = {}
+        self._read: list[Tensor] = []
         self._stored: dict[str, _Stored] = {}
         for file in self._files():
             handle = self._handle(file)
@@ -64,7 +68,9 @@ class Checkpoint:
             for name in names:
                 # A hostile index must not point outside the folder.
                 if Path(name).name != name or not name.endswith(".safetensors"):
-                    raise CheckpointError(f"{folder / INDEX_NAME} names {name!r}, which is no file of the folder")
+                    raise CheckpointError(
+                        f"{folder / INDEX_NAME} names {name!r}, which is no file of the folder"
+                    )
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {INDEX_NAME} names")
@@ -107,7 +113,11 @@ class Checkpoint:
         unused = sorted(self._stored.keys() - wanted.keys() - ignored)
         problems = [
             f"{title}: {_some(found)}"
-            for title, found in (("missing", missing), ("wrong shape", shapes), ("not used by the model", unused))
+            for title, found in (
+                ("missing", missing),
+                ("wrong shape", shapes),
+                ("not used by the model", unused),
+            )
             if found
         ]
         if problems:
@@ -128,7 +138,21 @@ class Checkpoint:
                 f"tensor {slot.name!r} of {stored.file} is {tensor.dtype}, expected {slot.dtype}; "
                 "is it quantised by a method that config.json does not name?"
             )
+        self._read.append(tensor)
         return tensor
+
+    def release(self) -> None:
+        """Let the kernel take back the memory of what was read: it has been copied, or will be read again.
+
+        Mapped pages stay resident otherwise, and loading would look (and on a small device be) twice the model.
+        """
+        page = mmap.PAGESIZE
+        for tensor in self._read:
+            start = tensor.data_ptr()
+            first, last = -(-start // page) * page, (start + tensor.nbytes) // page * page
+            if last > first:
+                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+        self._read.clear()
 
     def close(self) -> None:
         """Let go of the files; tensors that are still in use keep their mapping."""
@@ -136,6 +160,11 @@ class Checkpoint:
             with suppress(Exception):
                 handle.__exit__(None, None, None)
         self._open.clear()
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _some(names: list[str], limit: int = 10) -> str:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A character's UTF-8 form has at most 4 bytes and a byte-level token at least one, so that a text which is
-# still incomplete after this many tokens holds bytes that are no UTF-8 at all.
+# A character's UTF-8 form has at most 4 bytes and a byte-level token at least one, so that the beginning of
+# a character lies within the last 3 tokens. What is still no text after 4 is no UTF-8 at all.
 _LONGEST_CHARACTER = 4
 
 
@@ -16,10 +16,11 @@ class Detokenizer:
     """Incremental decoding for one sequence, with stop strings held back until they are decided.
 
     A token's text can depend on the token before it (spaces, byte-level pieces), so that the last decoded
-    run is decoded again together with the new tokens, and the difference is the news.
+    run is decoded again together with the new tokens, and the difference is the news. `_window` is that run,
+    `_prefix` its tokens from the run before, `_shown` its characters that were given out.
     """
 
-    __slots__ = ("_held", "_longest_stop", "_prefix", "_skip", "_stops", "_tokenizer", "_window")
+    __slots__ = ("_held", "_longest_stop", "_prefix", "_shown", "_skip", "_stops", "_tokenizer", "_window")
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, stop: tuple[str, ...], skip_special_tokens: bool
@@ -30,6 +31,7 @@ class Detokenizer:
         self._longest_stop = max(map(len, stop), default=0)
         self._window: list[int] = []
         self._prefix = 0
+        self._shown = 0
         self._held = ""
 
     def add(self, token: int) -> tuple[str, str | None]:
@@ -38,7 +40,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What was held back, at the end; the rest of an incomplete character is dropped."""
-        rest, self._held = self._held + self._pending_text().rstrip("\ufffd"), ""
+        rest, self._held = self._held + self._text(self._window)[self._shown :].rstrip("\ufffd"), ""
         return rest
 
     def _text(self, tokens: list[int]) -> str:
@@ -48,18 +50,21 @@ class Detokenizer:
         assert isinstance(text, str)
         return text
 
-    def _pending_text(self) -> str:
-        return self._text(self._window)[len(self._text(self._window[: self._prefix])) :]
-
     def _decode(self, token: int) -> str:
         self._window.append(token)
-        text = self._pending_text()
-        undecided = len(self._window) - self._prefix
-        if text.endswith("\ufffd") and undecided < _LONGEST_CHARACTER:
-            return ""
-        self._window = self._window[self._prefix :]
-        self._prefix = len(self._window)
-        return text
+        text = self._text(self._window)
+        # The beginning of a character reads as one U+FFFD, or as one for each byte, of which it lacks one.
+        tail = text[1 - _LONGEST_CHARACTER :]
+        undecided = len(tail) - len(tail.rstrip("\ufffd"))
+        end = len(text) - undecided
+        news = text[self._shown : end]
+        self._shown = max(self._shown, end)
+        if not undecided or len(self._window) - self._prefix >= _LONGEST_CHARACTER:
+            # What is undecided lies within the last tokens; those before them have done their part.
+            self._window = self._window[self._prefix :]
+            self._prefix = len(self._window)
+            self._shown = max(len(self._text(self._window)) - undecided, 0)
+        return news
 
     def _until_stop(self, text: str) -> tuple[str, str | None]:
         if not self._stops:

@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the start, and what holds now. Pages kept by the cache count as used."""
+    """Counters since the start, and what holds now. Pages kept by the cache count as used.
+
+    prompt_tokens: of all prompts that were read to their end; cache_hit_tokens of them came from the cache.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -103,7 +106,9 @@ class Engine:
         room = min(limits.context_length, limits.max_total_tokens) - length
         for token in request.params.stop_token_ids:
             if token < 0:
-                raise RequestError(f"stop_token_ids holds {token}, which is no token id", param="stop_token_ids")
+                raise RequestError(
+                    f"stop_token_ids holds {token}, which is no token id", param="stop_token_ids"
+                )
         for token in request.params.logit_bias:
             if not 0 <= token < self.plan.vocab_size:
                 raise RequestError(
@@ -135,16 +140,23 @@ class Engine:
         """End every request that runs because a step failed; those that wait are untouched."""
         self._in_flight = None
         message = f"{type(error).__name__}: {error}"
-        failed = [o for o in self._outputs.values() if o.sequence.status is Status.RUNNING or o.sequence.pending]
+        failed = [
+            o for o in self._outputs.values() if o.sequence.status is Status.RUNNING or o.sequence.pending
+        ]
         return [self._finish(output, "error", error=message) for output in failed]
 
     def step(self) -> list[Delta]:
         """Advance by one step: schedule, run, commit."""
         batch = self.scheduler.schedule()
-        launched = self._runner.launch(batch) if batch is not None else None
+        launched = None
         if batch is not None:
+            try:
+                launched = self._runner.launch(batch)
+            except BaseException:
+                # Also on KeyboardInterrupt: pages without their K and V must not get into the cache.
+                self.scheduler.roll_back(batch)
+                raise
             self._steps += 1
-            self._prompt_tokens += batch.num_tokens - batch.num_decodes
         if self._overlap:
             launched, self._in_flight = self._in_flight, launched
         deltas = [] if launched is None else self._commit(launched.read())
@@ -184,6 +196,7 @@ class Engine:
                 continue
             self._generated_tokens += 1
             if sequence.num_generated == 1:
+                self._prompt_tokens += sequence.prompt_len
                 self._cache_hits += sequence.cached_tokens
             output = self._outputs[sequence.request.id]
             output.tokens.append(token)
@@ -237,7 +250,9 @@ class Engine:
         return int(uniform(self.plan.settings.server.random_seed, self._seed_counter) * 2**53)
 
     def _log_progress(self) -> None:
-        if self._steps % self.plan.settings.server.decode_log_interval or not logger.isEnabledFor(logging.INFO):
+        if self._steps % self.plan.settings.server.decode_log_interval or not logger.isEnabledFor(
+            logging.INFO
+        ):
             return
         now, tokens = time.monotonic(), self._generated_tokens
         since, before = self._log_mark

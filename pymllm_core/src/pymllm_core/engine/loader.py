@@ -61,6 +61,8 @@ def load_weights(
         if cancel.is_set():
             raise Cancelled("loading was interrupted")
         node.load(read, device)
+        if checkpoint is not None:
+            checkpoint.release()
         done += sum(slot.num_bytes for slot in node.slots())
         progress(Progress("loading weights", done, total))
 

@@ -149,7 +149,9 @@ class Processor:
         assert isinstance(text, str)
         return text
 
-    def reasoning_parser(self, *, prompt_tail: str = "", thinking: bool | None = None) -> ReasoningParser | None:
+    def reasoning_parser(
+        self, *, prompt_tail: str = "", thinking: bool | None = None
+    ) -> ReasoningParser | None:
         """A parser for one answer; None where reasoning is not split."""
         choice = self._plan.parsers["reasoning"]
         if choice is None:
@@ -233,6 +235,8 @@ def _flatten(message: dict[str, Any]) -> dict[str, Any]:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind != "text":
-            raise RequestError(f"this model takes text only; a content part of type {kind!r} was sent", param="messages")
+            raise RequestError(
+                f"this model takes text only; a content part of type {kind!r} was sent", param="messages"
+            )
         texts.append(str(part.get("text", "")))
     return {**message, "content": "".join(texts)}

@@ -56,22 +56,25 @@ class Launched:
         self._sequences = sequences
         self._output = output
         self._event: torch.cuda.Event | None = None
-        if output is not None and device.type == "cuda":
+        if device.type != "cuda":
+            return
+        if output is not None:
             output.tokens = _to_host(output.tokens)
             if output.logprobs is not None:
                 output.logprobs = _to_host(output.logprobs)
             if output.top_logprobs is not None and output.top_ids is not None:
                 output.top_logprobs, output.top_ids = _to_host(output.top_logprobs), _to_host(output.top_ids)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        # Also where nothing was sampled: input buffers are written again once the step was read.
+        self._event = torch.cuda.Event()
+        self._event.record()
 
     def read(self) -> list[Sampled]:
         """Wait for the device; one entry for each sequence that got a token."""
-        if self._output is None:
-            return []
         if self._event is not None:
             self._event.synchronize()
         output = self._output
+        if output is None:
+            return []
         tokens = output.tokens.tolist()
         if output.logprobs is None:
             return [Sampled(s, t, None) for s, t in zip(self._sequences, tokens, strict=True)]
@@ -109,11 +112,11 @@ class _Inputs:
         self.query_start = self._make("query_start", (config.max_rows + 1,), torch.int32)
         self.kv_lens = self._make("kv_lens", (config.max_rows,), torch.int32)
 
-    def _make(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:  # type: ignore[type-arg]
+    def _make(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
         host = torch.zeros(shape, dtype=dtype, pin_memory=self._cuda)
         self._host[name] = host
         self._there[name] = torch.zeros(shape, dtype=dtype, device=self._device) if self._cuda else host
-        array: np.ndarray = host.numpy()  # type: ignore[type-arg]
+        array: np.ndarray = host.numpy()
         return array
 
     def send(self, name: str, count: int) -> Tensor:
@@ -182,9 +185,10 @@ class Runner:
         query_lens = [chunk.count for chunk in chunks]
         from_device: list[int] = []
         token = 0
-        for index, (sequence, start, count, _, on_device) in enumerate(chunks):
+        for index, chunk in enumerate(chunks):
+            sequence, start, count = chunk.sequence, chunk.start, chunk.count
             self._learn_pages(sequence)
-            if on_device:
+            if chunk.from_device:
                 from_device.append(index)
             else:
                 inputs.ids[token : token + count] = sequence.tokens[start : start + count]

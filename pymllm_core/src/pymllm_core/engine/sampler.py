@@ -194,7 +194,9 @@ class Sampler:
         return -1 if params.top_p < 1.0 else 0
 
     def _penalise(self, logits: Tensor, prepared: _Prepared) -> None:
-        assert self._generated is not None and self._prompted is not None and prepared.penalties is not None
+        assert self._generated is not None
+        assert self._prompted is not None
+        assert prepared.penalties is not None
         rows = torch.tensor(prepared.penalised, device=self._device)
         counts = self._generated[prepared.buffers]
         seen = (counts > 0) | self._prompted[prepared.buffers]

@@ -110,6 +110,12 @@ class Scheduler:
             sequence.first_token_at = time.monotonic()
         return True
 
+    def roll_back(self, batch: Batch) -> None:
+        """Take back a batch that could not be launched: its tokens are not in the pages, nor on their way."""
+        for chunk in batch.chunks:
+            chunk.sequence.num_computed = chunk.start
+            chunk.sequence.pending -= chunk.samples
+
     # -- pages --------------------------------------------------------------------------------------
 
     def _take(self, sequence: Sequence, count: int) -> Chunk:
@@ -181,7 +187,9 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> bool:
         """Make a waiting sequence a running one if its prompt fits beside the running ones."""
         # The last token is always computed, since its logits are wanted.
-        match = self.cache.match(sequence.key_ids[: len(sequence.tokens) - 1], sequence.request.cache_namespace)
+        match = self.cache.match(
+            sequence.key_ids[: len(sequence.tokens) - 1], sequence.request.cache_namespace
+        )
         need = self.pool.pages_for(len(sequence.tokens)) - len(match.pages)
         spare = int(self.limits.conservativeness * len(self.running))
         if self.pool.free_pages + self.cache.evictable_pages < need + spare:

@@ -22,9 +22,7 @@ class ChunkCache:
     def release(self, match: PrefixMatch) -> None:
         pass
 
-    def store(
-        self, key_ids: Sequence[int], namespace: str, pages: Sequence[int], match: PrefixMatch
-    ) -> None:
+    def store(self, key_ids: Sequence[int], namespace: str, pages: Sequence[int], match: PrefixMatch) -> None:
         self._pool.give_back(pages)
 
     def evict(self, num_pages: int) -> int:

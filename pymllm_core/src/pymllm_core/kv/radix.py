@@ -59,9 +59,7 @@ class RadixCache:
         if match.handle is not None:
             self._unlock(match.handle)
 
-    def store(
-        self, key_ids: Sequence[int], namespace: str, pages: Sequence[int], match: PrefixMatch
-    ) -> None:
+    def store(self, key_ids: Sequence[int], namespace: str, pages: Sequence[int], match: PrefixMatch) -> None:
         root = self._roots.setdefault(namespace, _Node(None, [], [], 0))
         keys = self._page_keys(key_ids)[: len(pages)]
         node, cached = self._walk(root, keys)

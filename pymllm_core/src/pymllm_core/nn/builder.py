@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -27,6 +27,9 @@ class Node(Protocol):
     def load(self, read: Reader, device: torch.device) -> None: ...
 
 
+NodeT = TypeVar("NodeT", bound=Node)
+
+
 class Builder:
     """Makes nodes. Names are those of the checkpoint; nothing is allocated until `Node.load`.
 
@@ -35,7 +38,12 @@ class Builder:
     """
 
     def __init__(
-        self, *, dtype: torch.dtype, max_positions: int, kernel: KernelFactory, quant: QuantMethod | None = None
+        self,
+        *,
+        dtype: torch.dtype,
+        max_positions: int,
+        kernel: KernelFactory,
+        quant: QuantMethod | None = None,
     ) -> None:
         self.dtype = dtype
         self.max_positions = max_positions
@@ -101,7 +109,7 @@ class Builder:
         prep = self._kernel(ops.ATTENTION_PREP, {"head_dim": head_dim})
         return Attention(layer, prep, rotary, q_norm, k_norm)
 
-    def _add(self, node: Any) -> Any:
+    def _add(self, node: NodeT) -> NodeT:
         self.nodes.append(node)
         return node
 

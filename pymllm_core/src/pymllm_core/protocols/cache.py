@@ -34,9 +34,7 @@ class CachePolicy(Protocol):
         """Undo the lock of a match whose sequence keeps nothing (its own pages are freed elsewhere)."""
         ...
 
-    def store(
-        self, key_ids: Sequence[int], namespace: str, pages: Sequence[int], match: PrefixMatch
-    ) -> None:
+    def store(self, key_ids: Sequence[int], namespace: str, pages: Sequence[int], match: PrefixMatch) -> None:
         """Take over all `pages` of a sequence and undo its lock.
 
         Pages of `key_ids` that are whole may be kept for later matches; all others return to the pool.
