@@ -14,7 +14,7 @@ from typing_extensions import Self
 from pymllm_core.config import Settings
 from pymllm_core.engine.build import assemble, build_engine
 from pymllm_core.engine.engine import EngineStats
-from pymllm_core.engine.loader import ProgressCallback
+from pymllm_core.engine.loader import Progress, ProgressCallback
 from pymllm_core.engine.processor import Processor
 from pymllm_core.errors import EngineError
 from pymllm_core.output import Completion, Delta, TokenLogprob
@@ -47,8 +47,9 @@ class LLM:
         return llm
 
     def _start(self, settings: Settings, progress: ProgressCallback | None) -> None:
-        assembly = assemble(settings, weights=True)
-        self._engine = build_engine(assembly, progress=progress or (lambda _: None))
+        report = progress or (lambda _: None)
+        assembly = assemble(settings, progress=lambda *step: report(Progress(*step)), weights=True)
+        self._engine = build_engine(assembly, progress=report)
         self._numbers = itertools.count()
         self._queues: dict[str, deque[Delta]] = {}
 
@@ -243,9 +244,9 @@ def _nothing() -> None:
 
 def _bar(total: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """A progress bar over finished prompts: (advance, close)."""
-    from rich.progress import Progress
+    from rich import progress
 
-    bar = Progress(transient=True)
+    bar = progress.Progress(transient=True)
     task = bar.add_task("generating", total=total)
     bar.start()
     return (lambda: bar.advance(task)), bar.stop

@@ -39,12 +39,13 @@ def choose(
     *,
     what: str,
     explicit: str | None = None,
+    asked_by: str = "the settings",
     among: Iterable[Registered[SpecT]] | None = None,
 ) -> Choice[SpecT]:
     """Choose the spec of type `kind` that serves `want`.
 
-    what: how messages name the thing, e.g. ``attention backend``. explicit: a name given by the user; it
-    is used or refused, never replaced. among: the candidates, by default all of the kind.
+    what: how messages name the thing, e.g. ``attention backend``. explicit: a name given by
+    `asked_by`; it is used or refused, never replaced. among: the candidates, by default all of the kind.
     Raises SelectionError listing every candidate with its reason.
     """
     candidates = list(registry.all(kind) if among is None else among)
@@ -71,7 +72,7 @@ def choose(
             reason = f"lower priority ({other.spec.priority} < {best.spec.priority})"
             refused.append(Refusal(other.spec.name, other.distribution, reason))
     why = (
-        "asked for by name"
+        f"asked for by {asked_by}"
         if explicit is not None
         else f"highest priority ({best.spec.priority}) of {len(fitting)} that fit"
     )

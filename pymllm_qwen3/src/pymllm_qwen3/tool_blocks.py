@@ -176,6 +176,7 @@ class XmlCall(_Block):
 
     A value that reads as a JSON number, boolean, null, object or array is one; any other is a string: the
     format does not tell, e.g., the string 5 from the number. One newline on either side of it is layout.
+    It ends at the first ``</parameter>``, which the format has no way to escape.
     A missing ``</function>`` is forgiven where the block ends.
     """
 

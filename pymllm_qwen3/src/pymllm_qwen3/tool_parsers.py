@@ -140,10 +140,8 @@ class TaggedToolCallParser(_CallParser):
             if pos == len(text):
                 return pos
         found = (_EITHER if self._unclosed else _OPEN).search(text, pos)
-        if found is None:
-            end = possible_tag(text, pos, _TAGS if self._unclosed else _TAGS[:1])
-        else:
-            end = found.start()
+        tags = _TAGS if self._unclosed else _TAGS[:1]
+        end = found.start() if found else possible_tag(text, pos, tags)
         if end > pos:
             self._just_ended = False
             self._content(self._text.add(text[pos:end]))

@@ -58,3 +58,13 @@ class OneDnnLinear:
 def torch_attention_prep() -> ops.AttentionPrep:
     """``attention_prep`` by its definition."""
     return ops.attention_prep
+
+
+def self_check() -> str:
+    """Multiply two small matrices on the CPU; what was done, for ``pymllm doctor``."""
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    kernel = TorchLinear()
+    y = kernel.apply(x, kernel.pack({"weight": weight}, act=None))
+    if not torch.allclose(y, x @ weight.T, atol=1e-5):
+        raise RuntimeError("F.linear gave a wrong product")
+    return "multiplied 3x8 by 8x5 with PyTorch on the CPU"

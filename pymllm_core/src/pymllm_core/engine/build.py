@@ -111,7 +111,7 @@ def assemble(
     dtype = _dtype(settings, config, device)
     want = Want(device, dtype)
     architecture = _architecture(config, folder)
-    model_choice = choose(registry, ModelSpec, want, what="model architecture", explicit=architecture)
+    model_choice = choose(registry, ModelSpec, want, what="model architecture", explicit=architecture, asked_by="config.json")
     model_class: type[Model] = model_choice.spec.load()
     shape = model_class.shape(config)
     context = _context_length(settings, shape)
@@ -342,7 +342,7 @@ def _quantisation(
         raise ConfigError(
             f"--quantization.method {asked} was asked for, but the checkpoint says quant_method={method}"
         )
-    choice = choose(registry, QuantMethodSpec, want, what="quantisation method", explicit=method)
+    choice = choose(registry, QuantMethodSpec, want, what="quantisation method", explicit=method, asked_by="config.json")
     quant: QuantMethod = choice.spec.load()(stored)
     return choice, quant
 

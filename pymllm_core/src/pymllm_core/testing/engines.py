@@ -33,6 +33,8 @@ def registry_of(*modules: str) -> Registry:
 
 def make_engine(folder: Path, *plugins: str, overlap: bool = False, **settings: Any) -> Engine:
     """An engine for the checkpoint in `folder`; float32 with the toy model's plugin, if nothing else is said."""
+    # Several threads for products of such sizes take ten times as long as one.
+    torch.set_num_threads(1)
     fields: dict[str, Any] = {"device": "cpu", "dtype": "float32", **settings}
     assembly = assemble(Settings.of(str(folder), **fields), registry_of(*(plugins or (TOY,))))
     return build_engine(assembly, overlap=overlap)
