@@ -1,0 +1,1 @@
+"""pymllm as one requirement, and the entry points of the original runtime under their names."""

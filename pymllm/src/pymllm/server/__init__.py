@@ -1,0 +1,1 @@
+"""The historic location of the server; the package is `pymllm_server`."""
