@@ -1,0 +1,55 @@
+"""The CPU kernels: what the rest of pymllm imports.
+
+All functions run on the calling thread's OpenMP pool, the one torch uses; call them from one
+thread of the engine (a second calling thread would get a pool of its own). The CPU must have
+``REQUIRED_CPU_FLAGS``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pymllm_kernels.cpu_attention import paged_attention, qk_norm_rope_write
+from pymllm_kernels.cpu_library import REQUIRED_CPU_FLAGS
+from pymllm_kernels.cpu_linear import CpuLinear, PackedLinear
+
+__all__ = [
+    "REQUIRED_CPU_FLAGS",
+    "CpuLinear",
+    "PackedLinear",
+    "paged_attention",
+    "qk_norm_rope_write",
+    "self_check",
+]
+
+
+def self_check() -> None:
+    """Run one small linear layer and one attention step and compare them with float64.
+
+    Raises:
+        pymllm_kernels.jit.KernelBuildError: the kernels do not compile.
+        RuntimeError: a result is off.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16)
+
+    x, weight = random(3, 70), random(40, 70)
+    linear = CpuLinear()
+    _compare("linear", linear.apply(x, linear.pack(weight)), x.double() @ weight.double().T)
+
+    q, k, v = random(1, 2, 64), random(4, 1, 64), random(4, 1, 64)
+    table, starts, lengths = (
+        torch.tensor(values, dtype=torch.int32) for values in ([[1, 0]], [0, 1], [3])
+    )
+    out = paged_attention(q, k, v, table, starts, lengths, page_size=2, scale=0.125)
+    keys = [2, 3, 0]  # slots of the three tokens: page 1, then page 0
+    scores = q[0].double() @ k[keys, 0].double().T * 0.125
+    _compare("paged_attention", out[0], scores.softmax(-1) @ v[keys, 0].double())
+
+
+def _compare(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    error = float((got.double() - expected).norm() / expected.norm())
+    if not error < 0.01:
+        raise RuntimeError(f"CPU kernel {name} is wrong: relative error {error:.3g} (bound 0.01)")

@@ -1,0 +1,49 @@
+"""Registers the CPU kernels."""
+
+from __future__ import annotations
+
+from pymllm_core.hookspecs import hookimpl
+from pymllm_core.specs import AttentionBackendSpec, KernelSpec, Needs, ShapeRule
+
+CONTRACT = "1.0"
+
+_AVX512_BF16 = Needs(
+    devices=("cpu",),
+    dtypes=("bfloat16",),
+    cpu_flags=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
+    programs=(("g++", "c++", "clang++"),),
+    shape={"head_dim": ShapeRule(multiple_of=2), "same_kv_dtype": ShapeRule(one_of=(1,))},
+)
+
+
+@hookimpl
+def pymllm_kernels() -> list[KernelSpec]:
+    nodes = "pymllm_kernels.cpu_nodes"
+    return [
+        KernelSpec(
+            operation="linear",
+            name="cpu-avx512-bf16",
+            implementation=f"{nodes}:LinearNode",
+            needs=_AVX512_BF16,
+            priority=100,
+        ),
+        KernelSpec(
+            operation="attention_prep",
+            name="cpu-avx512-bf16",
+            implementation=f"{nodes}:AttentionPrepNode",
+            needs=_AVX512_BF16,
+            priority=100,
+        ),
+    ]
+
+
+@hookimpl
+def pymllm_attention_backends() -> list[AttentionBackendSpec]:
+    return [
+        AttentionBackendSpec(
+            name="cpu",
+            implementation="pymllm_kernels.cpu_nodes:CpuAttention",
+            needs=_AVX512_BF16,
+            priority=100,
+        )
+    ]
