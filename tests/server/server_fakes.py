@@ -141,6 +141,9 @@ class FakeProcessor:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
 
 class FakeStream:
     def __init__(self, engine: FakeEngine, request: Request) -> None:

@@ -13,8 +13,7 @@ from typing_extensions import Self
 
 from pymllm_core.config import Settings
 from pymllm_core.engine.build import assemble, build_engine
-from pymllm_core.engine.engine import EngineStats
-from pymllm_core.engine.loader import Progress, ProgressCallback
+from pymllm_core.engine.status import EngineStats, Progress, ProgressCallback
 from pymllm_core.engine.processor import Processor
 from pymllm_core.errors import EngineError
 from pymllm_core.output import Completion, Delta, TokenLogprob

@@ -24,7 +24,12 @@ def empty_huge(count: int, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"count must be positive, got {count}")
     size = count * dtype.itemsize
     # Only whole 2 MB pages can be huge: round up, and add one page to align the start.
-    region = mmap.mmap(-1, -(-size // _HUGE) * _HUGE + _HUGE)
+    # Private memory: Python's default is shared, which gets no huge pages in `madvise` mode.
+    region = mmap.mmap(
+        -1,
+        -(-size // _HUGE) * _HUGE + _HUGE,
+        flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+    )
     with contextlib.suppress(AttributeError, OSError):
         region.madvise(mmap.MADV_HUGEPAGE)
     raw = torch.frombuffer(region, dtype=torch.uint8)  # holds a reference to the mmap

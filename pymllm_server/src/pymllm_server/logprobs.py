@@ -24,7 +24,7 @@ def chat_logprobs(processor: Processor, tokens: Iterable[TokenLogprob]) -> list[
 
 def _chat_item(processor: Processor, token_id: int, logprob: float) -> dict[str, Any]:
     text = processor.token_text(token_id)
-    return {"token": text, "logprob": max(logprob, FLOOR), "bytes": list(text.encode("utf-8", "replace"))}
+    return {"token": text, "logprob": max(logprob, FLOOR), "bytes": list(processor.token_bytes(token_id))}
 
 
 class CompletionLogprobs:

@@ -66,8 +66,9 @@ class RequestContext:
             # The path without its query, and never the body: logs hold no prompts.
             milliseconds = 1000 * (time.monotonic() - started)
             client = scope.get("client")
-            # Probes come every few seconds, and would bury everything else.
-            level = logging.DEBUG if _route_path(scope) in PROBE_PATHS and status == 200 else logging.INFO
+            # Probes come every few seconds, and would bury everything else; the state itself is logged as it changes.
+            quiet = _route_path(scope) in PROBE_PATHS and status in (200, 503)
+            level = logging.DEBUG if quiet else logging.INFO
             access.log(
                 level,
                 "%s %s %s %s %.0f ms %s",

@@ -22,7 +22,7 @@ from pymllm_core.errors import EngineError
 
 if TYPE_CHECKING:
     from pymllm_core.config import Settings
-    from pymllm_core.engine.loader import Progress as LoadProgress
+    from pymllm_core.engine.status import Progress as LoadProgress
     from pymllm_core.output import Delta
 
 

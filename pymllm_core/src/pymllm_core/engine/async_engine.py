@@ -7,17 +7,18 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pymllm_core.config import Settings
-from pymllm_core.engine.build import assemble, build_engine
-from pymllm_core.engine.engine import Engine, EngineStats
-from pymllm_core.engine.loader import Cancelled, Progress
-from pymllm_core.engine.processor import Processor
+from pymllm_core.engine.status import Cancelled, EngineStats, Progress
 from pymllm_core.errors import EngineError, QueueFullError, RequestError
 from pymllm_core.output import Delta, Usage
-from pymllm_core.plan import Plan
 from pymllm_core.request import Request
+
+if TYPE_CHECKING:
+    from pymllm_core.engine.engine import Engine
+    from pymllm_core.engine.processor import Processor
+    from pymllm_core.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,10 @@ class AsyncEngine:
             self.progress = progress
             if self._cancel.is_set():
                 raise Cancelled("loading was interrupted")
+
+        # Importing torch takes seconds, during which a server answers already.
+        report(Progress("importing torch"))
+        from pymllm_core.engine.build import assemble, build_engine
 
         report(Progress("choosing plugins"))
         assembly = assemble(self._settings, progress=lambda *step: report(Progress(*step)), weights=True)

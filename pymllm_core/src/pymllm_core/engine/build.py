@@ -16,7 +16,8 @@ from pymllm_core.config import Settings
 from pymllm_core.device import DeviceInfo, describe_device
 from pymllm_core.engine.checkpoint import Checkpoint, read_json
 from pymllm_core.engine.engine import Engine
-from pymllm_core.engine.loader import Progress, ProgressCallback, load_weights
+from pymllm_core.engine.loader import load_weights
+from pymllm_core.engine.status import Progress, ProgressCallback
 from pymllm_core.engine.processor import Processor, load_tokenizer
 from pymllm_core.engine.runner import Runner, RunnerConfig
 from pymllm_core.engine.scheduler import Scheduler, SchedulerLimits

@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 
 from pymllm_core.engine.processor import Processor
 from pymllm_core.engine.runner import Launched, Runner, Sampled
 from pymllm_core.engine.sampler import uniform
 from pymllm_core.engine.scheduler import Scheduler
 from pymllm_core.engine.sequence import Sequence, Status
+from pymllm_core.engine.status import EngineStats
 from pymllm_core.errors import RequestError
 from pymllm_core.output import Delta, FinishReason, TokenLogprob
 from pymllm_core.plan import Plan
 from pymllm_core.request import Request
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counters since the start, and what holds now. Pages kept by the cache count as used.
-
-    prompt_tokens: of all prompts that were read to their end; cache_hit_tokens of them came from the cache.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    pages_used: int = 0
-    pages_total: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    cache_hit_tokens: int = 0
-    preemptions: int = 0
-    last_step_age_s: float = 0.0
 
 
 class _Output:
@@ -103,19 +84,18 @@ class Engine:
                     param="prompt",
                     code="context_length_exceeded",
                 )
+        params, vocab = request.params, self.plan.vocab_size
+        if params.max_tokens is not None and params.max_tokens > limits.context_length:
+            raise RequestError(
+                f"max_tokens is {params.max_tokens}, but context_length is {limits.context_length}; lower it",
+                param="max_tokens",
+            )
+        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            for token in tokens:
+                if not 0 <= token < vocab:
+                    raise RequestError(f"{name} names token {token}, outside the vocabulary of {vocab}", param=name)
         room = min(limits.context_length, limits.max_total_tokens) - length
-        for token in request.params.stop_token_ids:
-            if token < 0:
-                raise RequestError(
-                    f"stop_token_ids holds {token}, which is no token id", param="stop_token_ids"
-                )
-        for token in request.params.logit_bias:
-            if not 0 <= token < self.plan.vocab_size:
-                raise RequestError(
-                    f"logit_bias names token {token}, outside the vocabulary of {self.plan.vocab_size}",
-                    param="logit_bias",
-                )
-        return min(request.params.max_tokens or room, room)
+        return min(params.max_tokens or room, room)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError, or QueueFullError where the queue has a limit."""

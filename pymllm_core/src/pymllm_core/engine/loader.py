@@ -4,36 +4,14 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pymllm_core.engine.checkpoint import Checkpoint
-from pymllm_core.errors import EngineError
+from pymllm_core.engine.status import Cancelled, Progress, ProgressCallback
 from pymllm_core.nn.builder import Builder
 from pymllm_core.protocols.quant import Reader, WeightSlot
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a start has come: what is being done, and bytes of it."""
-
-    stage: str
-    done: int = 0
-    total: int = 0
-
-    @property
-    def fraction(self) -> float:
-        return self.done / self.total if self.total else 0.0
-
-
-ProgressCallback = Callable[[Progress], None]
-
-
-class Cancelled(EngineError):
-    """Loading was told to stop."""
 
 
 def load_weights(

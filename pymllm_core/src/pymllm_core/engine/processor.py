@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,7 @@ class Processor:
     ) -> None:
         self._plan = plan
         self.tokenizer = tokenizer
+        self._byte_level = _is_byte_level(tokenizer)
         generation = plan.model_path / "generation_config.json"
         defaults = read_json(generation) if generation.is_file() else {}
         self._defaults = {
@@ -204,6 +206,26 @@ def load_tokenizer(folder: Path, settings: ServerSettings) -> PreTrainedTokenize
             f"--server.tokenizer_mode slow was asked for, but {type(tokenizer).__name__} has no slow form"
         )
     return tokenizer
+
+
+@functools.cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them.
+
+    Printable Latin-1 characters stand for themselves, the other bytes for 256 onwards (openai/gpt-2, encoder.py).
+    """
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in kept]
+    return {chr(byte): byte for byte in kept} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether pieces are bytes in disguise, by what the tokenizer makes of a letter outside of ASCII."""
+    if tokenizer is None:
+        return False
+    alphabet = _byte_level_alphabet()
+    pieces = tokenizer.tokenize("é")
+    return bytes(alphabet.get(char, 0) for piece in pieces for char in piece) == "é".encode()
 
 
 def new_id() -> str:

@@ -63,6 +63,7 @@ class Scheduler:
         decodes: list[Chunk] = []
         prefills: list[Chunk] = []
         budget = self.limits.max_prefill_tokens
+        preempted = self.num_preemptions
         for sequence in list(self.running):
             if sequence.status is not Status.RUNNING:
                 continue  # preempted by an older one in this very loop
@@ -77,7 +78,9 @@ class Scheduler:
                 if self._reserve(sequence, count):
                     prefills.append(self._take(sequence, count))
                     budget -= count
-        admitted = self._admit(decodes, prefills, budget)
+        # Whoever was preempted just now would only take the pages back, and all others wait behind it.
+        crowded = self.num_preemptions > preempted
+        admitted = [] if crowded else self._admit(decodes, prefills, budget)
         chunks = [*decodes, *prefills]
         if not chunks:
             return None

@@ -27,16 +27,28 @@ class RopeConfig:
 
         transformers 5 writes the second (one mapping with theta inside), published checkpoints the first.
         """
-        parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        stored = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(stored, Mapping):
+            raise CheckpointError(f"config.json: the rope scaling is {stored!r}, expected an object")
+        parameters = dict(stored)
         theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or default_theta
         kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
         parameters.pop("type", None)
-        if kind == "default":
-            return cls(float(theta), {})
-        if kind not in _SCALINGS:
+        if kind != "default" and kind not in _SCALINGS:
             raise CheckpointError(
                 f"config.json: rope type {kind!r} is not supported; known: default, {', '.join(_SCALINGS)}"
             )
+        for name, value in {"rope_theta": theta, **{n: parameters.get(n) for n in _NUMBERS}}.items():
+            if value is None and name not in _REQUIRED.get(kind, ()):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise CheckpointError(
+                    f"config.json: {name} of rope type {kind!r} is {value!r}, expected a positive number"
+                )
+        if parameters.get("partial_rotary_factor", 1) not in (None, 1):
+            raise CheckpointError("config.json: partial_rotary_factor of the rope parameters is not supported")
+        if kind == "default":
+            return cls(float(theta), {})
         return cls(float(theta), {**parameters, "rope_type": kind})
 
 
@@ -94,7 +106,11 @@ def _yarn(frequencies: Tensor, rope: RopeConfig, head_dim: int, trained: int) ->
     if low == high:
         high += 0.001
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    frequencies = frequencies * (1 - ramp) + frequencies / factor * ramp
+    # In the order of transformers: one unit in the last place is 1e-3 of a turn at position 40,000.
+    keep = 1 - ramp
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    interpolated = 1.0 / (factor * rope.theta**exponents)
+    frequencies = interpolated * (1 - keep) + frequencies * keep
     temperature = scaling.get("attention_factor")
     if temperature is None:
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
@@ -110,6 +126,21 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 _SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_REQUIRED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+_NUMBERS = (
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 class Rotary:

@@ -48,13 +48,12 @@ void pack_keys(const bf16* const* rows, int64_t count, int64_t dim, uint32_t* ou
     for (int64_t part = 0; part < kGroup; part += kLanes, rows += kLanes, out += kLanes) {
         const int64_t left = count - part;
         for (int64_t p0 = 0; p0 < pairs; p0 += kLanes) {
+            for (int64_t i = kLanes * p0 / pairs; i < kLanes * (p0 + kLanes) / pairs && i < kLanes; ++i) {
+                prefetch_row(rows[i + kGroup], dim);
+            }
             __m512i block[16];
             if (left >= kLanes && p0 + kLanes <= pairs) {
-                for (int i = 0; i < kLanes; ++i) {
-                    block[i] = _mm512_loadu_si512(rows[i] + 2 * p0);
-                    _mm_prefetch(reinterpret_cast<const char*>(rows[i + kGroup] + 2 * p0),
-                                 _MM_HINT_T0);
-                }
+                for (int i = 0; i < kLanes; ++i) block[i] = _mm512_loadu_si512(rows[i] + 2 * p0);
             } else {
                 for (int i = 0; i < kLanes; ++i) {
                     block[i] = i < left ? load_pairs(rows[i], p0, dim) : _mm512_setzero_si512();
