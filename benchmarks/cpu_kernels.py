@@ -67,7 +67,7 @@ extern "C" void read_all(const char* data, int64_t bytes, int threads) {
 
 @functools.cache
 def read_all() -> Callable[[int, int, int], None]:
-    """read_all(address, bytes, threads): reads memory and does nothing with it."""
+    """A function of (address, bytes, threads) that reads memory and does nothing with it."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "read_all.cpp"
         source.write_text(READ_SOURCE)
@@ -125,22 +125,30 @@ def bench_linear(name: str, n: int, k: int, row_counts: list[int], rounds: int) 
         mkldnn = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
 
         def onednn(i: int, x: Tensor = x, w: list[Tensor] = mkldnn) -> Tensor:
-            return torch.ops.mkldnn._linear_pointwise(x, w[i % copies], None, "none", [], "")
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, w[i % copies], None, "none", [], "")
+            return y
+
+        def ours_call(i: int, x: Tensor = x) -> Tensor:
+            return linear.apply(x, ours[i % copies])
+
+        def torch_call(i: int, x: Tensor = x) -> Tensor:
+            return F.linear(x, weights[i % copies])
 
         times = best_seconds(
             {
                 "read only": lambda i: read_all()(
                     buffer.data_ptr() + i % copies * 2 * n * k, 2 * n * k, LIMITS.threads
                 ),
-                "pymllm": lambda i, x=x: linear.apply(x, ours[i % copies]),
-                "F.linear": lambda i, x=x: F.linear(x, weights[i % copies]),
+                "pymllm": ours_call,
+                "F.linear": torch_call,
                 "onednn prepacked": onednn,
             },
             rounds,
         )
         for candidate, seconds in times.items():
             row = {"op": f"linear {name}", "candidate": candidate, "shape": [n, k], "rows": rows}
-            report(row, seconds, 2.0 * rows * n * k, 2.0 * n * k)
+            flops = 0.0 if candidate == "read only" else 2.0 * rows * n * k
+            report(row, seconds, flops, 2.0 * n * k)
 
 
 def bench_attention(batch: int, queries: int, keys: int, rounds: int) -> None:
@@ -149,7 +157,10 @@ def bench_attention(batch: int, queries: int, keys: int, rounds: int) -> None:
     pages = -(-keys // page)
     slots = batch * pages * page
     copies = max(2, ROTATED_BYTES // (4 * slots * kv_heads * dim))
-    caches = [torch.randn(2, slots, kv_heads, dim).to(torch.bfloat16) for _ in range(copies)]
+    caches = [
+        empty_huge(2 * slots * kv_heads * dim, torch.bfloat16).view(2, slots, kv_heads, dim).normal_()
+        for _ in range(copies)
+    ]
     table = torch.randperm(batch * pages).to(torch.int32).view(batch, pages)
     q = torch.randn(batch * queries, heads, dim).to(torch.bfloat16)
     starts = torch.arange(0, batch * queries + 1, queries, dtype=torch.int32)
@@ -161,9 +172,7 @@ def bench_attention(batch: int, queries: int, keys: int, rounds: int) -> None:
 
     def sdpa(i: int) -> Tensor:
         """Over contiguous caches, which spares it the page table."""
-        k, v = (
-            c.view(batch, -1, kv_heads, dim)[:, :keys].transpose(1, 2) for c in caches[i % copies]
-        )
+        k, v = (c.view(batch, -1, kv_heads, dim)[:, :keys].transpose(1, 2) for c in caches[i % copies])
         return F.scaled_dot_product_attention(
             q.view(batch, queries, heads, dim).transpose(1, 2),
             k,
@@ -193,7 +202,7 @@ def bench_overhead(rounds: int) -> None:
     zero, table = torch.zeros(1, dtype=torch.int64), torch.zeros(8, dim)
     weight = torch.ones(dim).to(torch.bfloat16)
     q = torch.randn(1, heads, dim).to(torch.bfloat16)
-    ints = [torch.tensor(v, dtype=torch.int32) for v in ([[0]], [0, 1], [1])]
+    pages, starts, lengths = (torch.tensor(v, dtype=torch.int32) for v in ([[0]], [0, 1], [1]))
     times = best_seconds(
         {
             "linear [1,32]x[64,32]": lambda i: linear.apply(x, packed),
@@ -205,7 +214,7 @@ def bench_overhead(rounds: int) -> None:
                 heads, kv_heads, dim,
             ),
             "attention, 1 token, 1 key": lambda i: paged_attention(
-                q, cache[0], cache[1], *ints, 16, 1.0
+                q, cache[0], cache[1], pages, starts, lengths, 16, 1.0
             ),
         },
         rounds,

@@ -100,9 +100,7 @@ def test_matches_float64(
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (3, 1, 64)])
-def test_rows_do_not_depend_on_chunking_batch_or_threads(
-    heads: int, kv_heads: int, dim: int
-) -> None:
+def test_rows_do_not_depend_on_chunking_batch_or_threads(heads: int, kv_heads: int, dim: int) -> None:
     whole_case = Case([(0, 600), (0, 40)], heads, kv_heads, dim, 16)
     whole = whole_case.run()
     for count in (1, 2, 5):

@@ -51,9 +51,7 @@ def test_plain_matches_float64(rows: int, n: int, k: int) -> None:
     expected = reference(x, weight)
     out = linear.apply(x, packed, out=poisoned(rows, n, torch.bfloat16))
     assert rel_error(out, expected) < BF16_BOUND
-    out32 = linear.apply(
-        x, packed, out_dtype=torch.float32, out=poisoned(rows, n, torch.float32)
-    )
+    out32 = linear.apply(x, packed, out_dtype=torch.float32, out=poisoned(rows, n, torch.float32))
     assert rel_error(out32, expected) < FP32_BOUND
 
 
@@ -98,9 +96,7 @@ def test_rows_do_not_depend_on_batch_or_threads(act: str | None, n: int, k: int)
     packed = linear.pack(weight, bias=randn(g, n), act=act)
 
     def run(rows: slice) -> Tensor:
-        return linear.apply(
-            x[rows], packed, norm=norm, residual=residual[rows], out_dtype=torch.float32
-        )
+        return linear.apply(x[rows], packed, norm=norm, residual=residual[rows], out_dtype=torch.float32)
 
     whole = run(slice(0, 1600))
     for count in (1, 2, 3):

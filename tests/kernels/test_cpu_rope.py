@@ -31,9 +31,7 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("tokens", [1, 5, 130])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(16, 8, 128), (3, 1, 64), (5, 5, 80), (1, 1, 34)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (3, 1, 64), (5, 5, 80), (1, 1, 34)])
 @pytest.mark.parametrize("with_norm", [True, False])
 def test_matches_float64(
     seed: int, tokens: int, heads: int, kv_heads: int, dim: int, with_norm: bool
@@ -59,8 +57,7 @@ def test_matches_float64(
 
     out = run()
     q, k, v = (
-        part.reshape(tokens, -1, dim)
-        for part in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
+        part.reshape(tokens, -1, dim) for part in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
     )
     if with_norm:
         q, k = rms_norm(q, q_weight, EPS), rms_norm(k, k_weight, EPS)
@@ -81,10 +78,6 @@ def test_wrong_arguments_are_refused() -> None:
     cache = torch.zeros(4, 1, 64, dtype=torch.bfloat16)
     ids = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="qkv must be"):
-        qk_norm_rope_write(
-            qkv[:, 1:], ids, table(4, 64), None, None, EPS, ids, cache, cache, 2, 1, 64
-        )
+        qk_norm_rope_write(qkv[:, 1:], ids, table(4, 64), None, None, EPS, ids, cache, cache, 2, 1, 64)
     with pytest.raises(ValueError, match="must be int64"):
-        qk_norm_rope_write(
-            qkv, ids.int(), table(4, 64), None, None, EPS, ids, cache, cache, 2, 1, 64
-        )
+        qk_norm_rope_write(qkv, ids.int(), table(4, 64), None, None, EPS, ids, cache, cache, 2, 1, 64)

@@ -100,8 +100,7 @@ def test_two_processes_at_once(source: Path, tmp_path: Path) -> None:
         f" {FLAGS!r}))"
     )
     started = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     paths = {process.communicate(timeout=120)[0].strip() for process in started}
     assert all(process.returncode == 0 for process in started)
@@ -136,9 +135,7 @@ def test_unwritable_cache_names_the_variable(
 
 @needs_cpu_kernels
 def test_only_one_openmp_runtime_is_mapped() -> None:
-    code = (
-        "from pymllm_kernels.cpu import self_check; self_check(); print(open('/proc/self/maps').read())"
-    )
+    code = "from pymllm_kernels.cpu import self_check; self_check(); print(open('/proc/self/maps').read())"
     maps = subprocess.check_output([sys.executable, "-c", code], text=True)
     runtimes = set(re.findall(r"/\S*lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*", maps))
     assert len(runtimes) == 1, runtimes

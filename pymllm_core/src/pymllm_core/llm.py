@@ -13,8 +13,8 @@ from typing_extensions import Self
 
 from pymllm_core.config import Settings
 from pymllm_core.engine.build import assemble, build_engine
-from pymllm_core.engine.status import EngineStats, Progress, ProgressCallback
 from pymllm_core.engine.processor import Processor
+from pymllm_core.engine.status import EngineStats, Progress, ProgressCallback
 from pymllm_core.errors import EngineError
 from pymllm_core.output import Completion, Delta, TokenLogprob
 from pymllm_core.plan import Plan
@@ -243,9 +243,10 @@ def _nothing() -> None:
 
 def _bar(total: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """A progress bar over finished prompts: (advance, close)."""
-    from rich import progress
+    from rich import console, progress
 
-    bar = progress.Progress(transient=True)
+    screen = console.Console(stderr=True)
+    bar = progress.Progress(console=screen, transient=True, disable=not screen.is_terminal)
     task = bar.add_task("generating", total=total)
     bar.start()
     return (lambda: bar.advance(task)), bar.stop

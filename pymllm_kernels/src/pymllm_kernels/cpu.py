@@ -40,9 +40,7 @@ def self_check() -> None:
     _compare("linear", linear.apply(x, linear.pack(weight)), x.double() @ weight.double().T)
 
     q, k, v = random(1, 2, 64), random(4, 1, 64), random(4, 1, 64)
-    table, starts, lengths = (
-        torch.tensor(values, dtype=torch.int32) for values in ([[1, 0]], [0, 1], [3])
-    )
+    table, starts, lengths = (torch.tensor(values, dtype=torch.int32) for values in ([[1, 0]], [0, 1], [3]))
     out = paged_attention(q, k, v, table, starts, lengths, page_size=2, scale=0.125)
     keys = [2, 3, 0]  # slots of the three tokens: page 1, then page 0
     scores = q[0].double() @ k[keys, 0].double().T * 0.125

@@ -74,9 +74,7 @@ class CpuLinear:
         self._pack = library.pymllm_linear_pack
         self._linear = library.pymllm_linear
 
-    def pack(
-        self, weight: Tensor, *, bias: Tensor | None = None, act: str | None = None
-    ) -> PackedLinear:
+    def pack(self, weight: Tensor, *, bias: Tensor | None = None, act: str | None = None) -> PackedLinear:
         """Copy a weight into the kernel's layout; the source may be freed afterwards.
 
         Args:

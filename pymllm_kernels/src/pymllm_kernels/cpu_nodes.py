@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
 from pymllm_core.protocols.kernel import Norm
+from pymllm_kernels import cpu
 from pymllm_kernels.cpu_attention import paged_attention, qk_norm_rope_write
 from pymllm_kernels.cpu_linear import CpuLinear, PackedLinear
 
@@ -84,3 +85,9 @@ class CpuAttention:
         return paged_attention(
             q, kv.k, kv.v, ctx.page_table, ctx.query_start, ctx.kv_lens, self._page_size, self._scale
         )
+
+
+def self_check() -> str:
+    """Compile the kernels if need be and run two; what was done, for ``pymllm doctor``."""
+    cpu.self_check()
+    return "a linear and an attention agree with float64 on the CPU"

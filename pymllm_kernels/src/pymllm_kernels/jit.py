@@ -78,8 +78,7 @@ def build_shared_library(
                 _build(name, sources, compiler_path, flags, entry, expected_seconds)
     except OSError as error:
         raise KernelBuildError(
-            f"cannot write the kernel cache {entry.parent}: {error}; "
-            f"set {CACHE_ENV} to a writable folder"
+            f"cannot write the kernel cache {entry.parent}: {error}; set {CACHE_ENV} to a writable folder"
         ) from error
     return library
 
@@ -166,7 +165,7 @@ def _build(
         folder.mkdir()
         library = folder / f"lib{name}.so"
         command = [compiler_path, *map(str, sources), *flags, "-o", str(library)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0 or not library.exists():
             output = (result.stderr or result.stdout).strip().splitlines()
             raise KernelBuildError(
@@ -175,5 +174,5 @@ def _build(
                 + f"\ncommand: {' '.join(command)}"
             )
         _checksum_file(library).write_text(hashlib.sha256(library.read_bytes()).hexdigest())
-        os.rename(folder, entry)
+        folder.rename(entry)
     logger.info("compiled %s kernels in %.0f s", name, time.monotonic() - started)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -94,7 +95,8 @@ def run(settings: Settings) -> int:
         engine = make_engine(settings)
         app = create_app(engine, settings, on_failure=on_failure)
         server = Server(_uvicorn_config(app, settings), app.state.server)
-        # Uvicorn hands the signal on after it has shut down.
+        # Uvicorn hands the signal on after it has shut down; a server that was told to end has not failed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[sock])
     loading = engine.state == "loading"

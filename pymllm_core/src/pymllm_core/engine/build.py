@@ -17,10 +17,10 @@ from pymllm_core.device import DeviceInfo, describe_device
 from pymllm_core.engine.checkpoint import Checkpoint, read_json
 from pymllm_core.engine.engine import Engine
 from pymllm_core.engine.loader import load_weights
-from pymllm_core.engine.status import Progress, ProgressCallback
 from pymllm_core.engine.processor import Processor, load_tokenizer
 from pymllm_core.engine.runner import Runner, RunnerConfig
 from pymllm_core.engine.scheduler import Scheduler, SchedulerLimits
+from pymllm_core.engine.status import Progress, ProgressCallback
 from pymllm_core.errors import CheckpointError, ConfigError
 from pymllm_core.kv.pool import PagePool
 from pymllm_core.nn.builder import Builder
@@ -112,7 +112,9 @@ def assemble(
     dtype = _dtype(settings, config, device)
     want = Want(device, dtype)
     architecture = _architecture(config, folder)
-    model_choice = choose(registry, ModelSpec, want, what="model architecture", explicit=architecture, asked_by="config.json")
+    model_choice = choose(
+        registry, ModelSpec, want, what="model architecture", explicit=architecture, asked_by="config.json"
+    )
     model_class: type[Model] = model_choice.spec.load()
     shape = model_class.shape(config)
     context = _context_length(settings, shape)
@@ -343,7 +345,9 @@ def _quantisation(
         raise ConfigError(
             f"--quantization.method {asked} was asked for, but the checkpoint says quant_method={method}"
         )
-    choice = choose(registry, QuantMethodSpec, want, what="quantisation method", explicit=method, asked_by="config.json")
+    choice = choose(
+        registry, QuantMethodSpec, want, what="quantisation method", explicit=method, asked_by="config.json"
+    )
     quant: QuantMethod = choice.spec.load()(stored)
     return choice, quant
 
@@ -355,7 +359,15 @@ def _parser(
     if name in (None, "none"):
         return None
     among = [r for r in registry.all(OutputParserSpec) if r.spec.kind == kind]
-    return choose(registry, OutputParserSpec, want, what=f"{kind} parser", explicit=name, among=among)
+    return choose(
+        registry,
+        OutputParserSpec,
+        want,
+        what=f"{kind} parser",
+        explicit=name,
+        asked_by="the settings" if asked else "the model family",
+        among=among,
+    )
 
 
 def _workspace(shape: ModelShape, running: int, prefill: int, itemsize: int) -> int:

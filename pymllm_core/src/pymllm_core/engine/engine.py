@@ -93,7 +93,9 @@ class Engine:
         for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
             for token in tokens:
                 if not 0 <= token < vocab:
-                    raise RequestError(f"{name} names token {token}, outside the vocabulary of {vocab}", param=name)
+                    raise RequestError(
+                        f"{name} names token {token}, outside the vocabulary of {vocab}", param=name
+                    )
         room = min(limits.context_length, limits.max_total_tokens) - length
         return min(params.max_tokens or room, room)
 

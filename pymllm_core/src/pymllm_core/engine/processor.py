@@ -151,6 +151,16 @@ class Processor:
         assert isinstance(text, str)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's bytes, which may be part of a character; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return b""
+        piece = self.tokenizer.convert_ids_to_tokens(token_id)
+        alphabet = _byte_level_alphabet()
+        if isinstance(piece, str) and self._byte_level and all(char in alphabet for char in piece):
+            return bytes(alphabet[char] for char in piece)
+        return self.token_text(token_id).encode()
+
     def reasoning_parser(
         self, *, prompt_tail: str = "", thinking: bool | None = None
     ) -> ReasoningParser | None:

@@ -34,7 +34,7 @@ class RopeConfig:
         theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or default_theta
         kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
         parameters.pop("type", None)
-        if kind != "default" and kind not in _SCALINGS:
+        if not isinstance(kind, str) or kind not in ("default", *_SCALINGS):
             raise CheckpointError(
                 f"config.json: rope type {kind!r} is not supported; known: default, {', '.join(_SCALINGS)}"
             )
@@ -46,7 +46,9 @@ class RopeConfig:
                     f"config.json: {name} of rope type {kind!r} is {value!r}, expected a positive number"
                 )
         if parameters.get("partial_rotary_factor", 1) not in (None, 1):
-            raise CheckpointError("config.json: partial_rotary_factor of the rope parameters is not supported")
+            raise CheckpointError(
+                "config.json: partial_rotary_factor of the rope parameters is not supported"
+            )
         if kind == "default":
             return cls(float(theta), {})
         return cls(float(theta), {**parameters, "rope_type": kind})
@@ -79,9 +81,9 @@ def _llama3(frequencies: Tensor, rope: RopeConfig, head_dim: int, trained: int) 
     scaling = rope.scaling
     factor, old = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    turns = old * frequencies / (2 * math.pi)
+    turns = old / (2 * math.pi / frequencies)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * keep + frequencies / factor * (1 - keep), 1.0
+    return (1 - keep) * frequencies / factor + keep * frequencies, 1.0
 
 
 def _yarn(frequencies: Tensor, rope: RopeConfig, head_dim: int, trained: int) -> tuple[Tensor, float]:

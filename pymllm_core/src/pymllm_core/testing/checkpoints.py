@@ -39,7 +39,8 @@ def randomise(model: PreTrainedModel, *, std: float, seed: int) -> PreTrainedMod
                 parameter.copy_(noise * 0.3 + (0.0 if name.endswith("bias") else 1.0))
             else:
                 parameter.copy_(noise * std)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def save(model: PreTrainedModel, folder: Path, **config: Any) -> None:
@@ -55,11 +56,11 @@ def save(model: PreTrainedModel, folder: Path, **config: Any) -> None:
 def _without_bars() -> Iterator[None]:
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def toy_model(*, seed: int = 0, **fields: Any) -> PreTrainedModel:
@@ -109,7 +110,7 @@ def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens([AddedToken(THINK, special=False, normalized=False)])
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call, unused-ignore]
         tokenizer_object=tokenizer, eos_token=END, additional_special_tokens=[USER, ASSISTANT]
     )
     fast.chat_template = CHAT_TEMPLATE

@@ -12,30 +12,55 @@
 namespace pymllm {
 namespace {
 
-// Fewer tiles than this per thread: the key blocks of a tile run in parallel, too.
-constexpr int64_t kTilesPerThread = 4;
-// ... unless the tile has so many rows that its partial results would not be small.
-constexpr int64_t kMaxSplitRows = 16;
+// Tasks wanted per thread, to even out their lengths.
+constexpr int64_t kTasksPerThread = 4;
+// A sequence with at most this many rows a kv head (a decode step) takes all kv heads together.
+constexpr int64_t kFewRows = 16;
 
-// All tiles, those with most keys first: the short ones then even out the threads.
-std::vector<RowTile> make_tiles(const AttentionCall& call, int64_t sequences) {
+struct Plan {
     std::vector<RowTile> tiles;
+    bool split = false;  // the key blocks of a tile are tasks of their own
+};
+
+// Long prompts give enough tiles. Decode steps with too few sequences for the threads run key
+// block by key block, and, if that is not enough, with the kv heads divided.
+Plan make_plan(const AttentionCall& call, int64_t sequences, int threads) {
     const int64_t group = call.group();
+    const int64_t wanted = kTasksPerThread * threads;
+    auto queries = [&](int64_t s) { return int64_t{call.query_start[s + 1]} - call.query_start[s]; };
+    bool few_rows = true;
+    int64_t used = 0, blocks = 0;
     for (int64_t s = 0; s < sequences; ++s) {
-        const int64_t queries = call.query_start[s + 1] - call.query_start[s];
-        const int64_t before = call.kv_lens[s] - queries;
-        for (int64_t h = 0; h < call.kv_heads; ++h) {
-            for (int64_t row = 0; row < queries * group; row += kMaxTileRows) {
-                const int64_t rows = std::min(kMaxTileRows, queries * group - row);
-                const int64_t last = (row + rows - 1) / group;
-                tiles.push_back({s, h, row, rows, before + last + 1});
+        few_rows = few_rows && queries(s) * group <= kFewRows;
+        used += queries(s) > 0;
+        blocks += queries(s) > 0 ? (call.kv_lens[s] + kKeyBlock - 1) / kKeyBlock : 0;
+    }
+    Plan plan;
+    plan.split = few_rows && used < wanted && threads > 1;
+    int64_t parts = 1;
+    while (plan.split && parts < call.kv_heads && blocks * parts < wanted) parts *= 2;
+    for (int64_t s = 0; s < sequences; ++s) {
+        const int64_t all_rows = queries(s) * group;
+        const int64_t tile_rows = std::min(all_rows, kMaxTileRows);
+        int64_t heads = 1;
+        if (all_rows > 0 && all_rows <= kFewRows) {
+            heads = std::min((call.kv_heads + parts - 1) / parts, kMaxTileRows / all_rows);
+        }
+        const int64_t before = call.kv_lens[s] - queries(s);
+        for (int64_t h = 0; h < call.kv_heads; h += heads) {
+            for (int64_t row = 0; row < all_rows; row += tile_rows) {
+                const int64_t rows = std::min(tile_rows, all_rows - row);
+                plan.tiles.push_back({s, h, std::min(heads, call.kv_heads - h), row, rows,
+                                      before + (row + rows - 1) / group + 1});
             }
         }
     }
-    std::stable_sort(tiles.begin(), tiles.end(), [](const RowTile& a, const RowTile& b) {
-        return a.keys * a.rows > b.keys * b.rows;
-    });
-    return tiles;
+    // The longest first: the short ones then even out the threads.
+    std::stable_sort(plan.tiles.begin(), plan.tiles.end(),
+                     [](const RowTile& a, const RowTile& b) {
+                         return a.keys * a.all_rows() > b.keys * b.all_rows();
+                     });
+    return plan;
 }
 
 void clear(const RowSums& sums, int64_t rows, int64_t padded_dim) {
@@ -69,10 +94,10 @@ void run_tiles(const AttentionCall& call, const std::vector<RowTile>& tiles, int
         for (int64_t i; (i = next.fetch_add(1)) < static_cast<int64_t>(tiles.size());) {
             const RowTile& tile = tiles[i];
             gather_queries(call, tile, work.buffers);
-            clear(work.total, tile.rows, call.padded_dim());
+            clear(work.total, tile.all_rows(), call.padded_dim());
             for (int64_t block = 0; block < tile.blocks(); ++block) {
                 attend_block(call, tile, block, work.buffers, work.part);
-                merge(work.total, work.part, tile.rows, call.padded_dim());
+                merge(work.total, work.part, tile.all_rows(), call.padded_dim());
             }
             finish(call, tile, work.total);
         }
@@ -94,7 +119,9 @@ void run_blocks(const AttentionCall& call, const std::vector<RowTile>& tiles, in
             tasks.push_back({static_cast<int64_t>(i), b});
         }
     }
-    const int64_t floats = RowSums::floats(kMaxSplitRows, padded);
+    int64_t rows = 0;
+    for (const RowTile& tile : tiles) rows = std::max(rows, tile.all_rows());
+    const int64_t floats = RowSums::floats(rows, padded);
     thread_local Scratch partial_scratch;
     auto* partials = partial_scratch.get<float>(tasks.size() * floats * sizeof(float));
     std::atomic<int64_t> next_task{0}, next_tile{0};
@@ -104,16 +131,15 @@ void run_blocks(const AttentionCall& call, const std::vector<RowTile>& tiles, in
             const RowTile& tile = tiles[tasks[i].tile];
             gather_queries(call, tile, work.buffers);
             attend_block(call, tile, tasks[i].block, work.buffers,
-                         RowSums::at(partials + i * floats, kMaxSplitRows, padded));
+                         RowSums::at(partials + i * floats, rows, padded));
         }
         barrier(size);
         for (int64_t i; (i = next_tile.fetch_add(1)) < static_cast<int64_t>(tiles.size());) {
             const RowTile& tile = tiles[i];
-            clear(work.total, tile.rows, padded);
+            clear(work.total, tile.all_rows(), padded);
             for (int64_t b = 0; b < tile.blocks(); ++b) {
-                merge(work.total,
-                      RowSums::at(partials + (first[i] + b) * floats, kMaxSplitRows, padded),
-                      tile.rows, padded);
+                merge(work.total, RowSums::at(partials + (first[i] + b) * floats, rows, padded),
+                      tile.all_rows(), padded);
             }
             finish(call, tile, work.total);
         }
@@ -136,14 +162,7 @@ extern "C" void pymllm_paged_attention(
     const AttentionCall call{q,   k_cache,   v_cache,   page_table, query_start, kv_lens,
                              out, max_pages, page_size, q_heads,    kv_heads,    dim,
                              scale};
-    const std::vector<RowTile> tiles = make_tiles(call, sequences);
-    if (tiles.empty()) return;
-    const bool small_rows = std::all_of(tiles.begin(), tiles.end(), [](const RowTile& t) {
-        return t.rows <= kMaxSplitRows;
-    });
-    if (small_rows && static_cast<int64_t>(tiles.size()) < kTilesPerThread * threads) {
-        run_blocks(call, tiles, threads);
-    } else {
-        run_tiles(call, tiles, threads);
-    }
+    const Plan plan = make_plan(call, sequences, threads);
+    if (plan.tiles.empty()) return;
+    (plan.split ? run_blocks : run_tiles)(call, plan.tiles, threads);
 }

@@ -34,11 +34,27 @@ struct AttentionCall {
     int64_t padded_dim() const { return (dim + kGroup - 1) / kGroup * kGroup; }
 };
 
-// Rows [row0, row0 + rows) of the (query, head of group) rows of one sequence and kv head.
+// One task: neighbouring kv heads of one sequence, and for each of them the rows
+// [row0, row0 + rows) of its (query, head of the group) rows. Prompts have one kv head and many
+// rows; a decode step has few rows and takes many kv heads, whose keys lie side by side in memory.
 struct RowTile {
-    int64_t seq, kv_head, row0, rows;
+    int64_t seq, kv_head, kv_heads, row0, rows;
     int64_t keys;  // keys visible to its last row
     int64_t blocks() const { return (keys + kKeyBlock - 1) / kKeyBlock; }
+    int64_t all_rows() const { return kv_heads * rows; }
+};
+
+// Where row `r` of a tile (kv head by kv head) comes from and goes to.
+struct RowPlace {
+    int64_t query, token, head;
+    RowPlace(const AttentionCall& call, const RowTile& tile, int64_t r)
+        : query((tile.row0 + r % tile.rows) / call.group()),
+          token(call.query_start[tile.seq] + query),
+          head((tile.kv_head + r / tile.rows) * call.group() +
+               (tile.row0 + r % tile.rows) % call.group()) {}
+    int64_t offset(const AttentionCall& call) const {
+        return (token * call.q_heads + head) * call.dim;
+    }
 };
 
 // Running or partial result of a tile: per row the maximal score, the sum of e^(score - max)

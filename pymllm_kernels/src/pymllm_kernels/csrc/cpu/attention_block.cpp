@@ -3,8 +3,8 @@
 #include <limits>
 
 #include "attention.h"
+#include "attention_pack.h"
 #include "dot_tile.h"
-#include "transpose.h"
 
 namespace pymllm {
 namespace {
@@ -15,98 +15,21 @@ constexpr int kRowStep = 6;  // 6 rows x 4 vectors = 24 accumulators
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-void prefetch_row(const bf16* row, int64_t dim) {
-    for (int64_t i = 0; i < dim; i += 32) {
-        _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
-    }
-}
-
-// Addresses of the keys [key0, key0 + keys) of the tile in `cache`, at `rows`; the list is filled
-// up to a whole group with its last row, for the prefetches to point somewhere.
+// Addresses of the keys [key0, key0 + keys) of the tile's first kv head in `cache`; the list is
+// filled up to a whole group with its last row, for the prefetches to point somewhere.
 void find_rows(const AttentionCall& call, const RowTile& tile, const bf16* cache, int64_t key0,
                int64_t keys, const bf16** rows) {
     const int32_t* pages = call.page_table + tile.seq * call.max_pages;
-    int64_t page = key0 / call.page_size;
+    const int64_t slot_size = call.kv_heads * call.dim;
     int64_t offset = key0 % call.page_size;
-    for (int64_t j = 0; j < keys; ++j) {
-        const int64_t slot = pages[page] * call.page_size + offset;
-        rows[j] = cache + (slot * call.kv_heads + tile.kv_head) * call.dim;
-        if (++offset == call.page_size) {
-            offset = 0;
-            ++page;
-        }
+    int64_t page = key0 / call.page_size;
+    for (int64_t j = 0; j < keys; ++page, offset = 0) {
+        const bf16* row = cache + (pages[page] * call.page_size + offset) * slot_size +
+                          tile.kv_head * call.dim;
+        const int64_t end = std::min(keys, j + call.page_size - offset);
+        for (; j < end; ++j, row += slot_size) rows[j] = row;
     }
     std::fill(rows + keys, rows + round_up(keys, kGroup), rows[keys - 1]);
-}
-
-// The first `count` of 64 rows of keys as [dim / 2][64 keys] pairs, zeros for the others.
-// rows[64 ..], needed next, are requested on the way, spread over the work: a burst of requests
-// would fill the queue of misses and stall. (The rows of one head lie kilobytes apart, beyond
-// the hardware prefetchers.)
-void pack_keys(const bf16* const* rows, int64_t count, int64_t dim, uint32_t* out) {
-    const int64_t pairs = dim / 2;
-    for (int64_t part = 0; part < kGroup; part += kLanes, rows += kLanes, out += kLanes) {
-        const int64_t left = count - part;
-        for (int64_t p0 = 0; p0 < pairs; p0 += kLanes) {
-            for (int64_t i = kLanes * p0 / pairs; i < kLanes * (p0 + kLanes) / pairs && i < kLanes; ++i) {
-                prefetch_row(rows[i + kGroup], dim);
-            }
-            __m512i block[16];
-            if (left >= kLanes && p0 + kLanes <= pairs) {
-                for (int i = 0; i < kLanes; ++i) block[i] = _mm512_loadu_si512(rows[i] + 2 * p0);
-            } else {
-                for (int i = 0; i < kLanes; ++i) {
-                    block[i] = i < left ? load_pairs(rows[i], p0, dim) : _mm512_setzero_si512();
-                }
-            }
-            transpose16(block);
-            for (int i = 0; i < kLanes && p0 + i < pairs; ++i) {
-                _mm512_storeu_si512(out + (p0 + i) * kGroup, block[i]);
-            }
-        }
-    }
-}
-
-// Word indices that interleave two rows of 32 values: the low and the high 16 pairs.
-struct Interleave {
-    alignas(64) uint16_t low[32], high[32];
-    constexpr Interleave() : low{}, high{} {
-        for (uint16_t i = 0; i < 16; ++i) {
-            low[2 * i] = i;
-            low[2 * i + 1] = 32 + i;
-            high[2 * i] = 16 + i;
-            high[2 * i + 1] = 48 + i;
-        }
-    }
-};
-constexpr Interleave kInterleave;
-
-// The first `count` of 64 rows of values as [dim group][32 key pairs][64 dims] pairs
-// (v[2j][d], v[2j+1][d]), zeros beyond `count` and `dim`. Requests rows[64 ..] like pack_keys.
-void pack_values(const bf16* const* rows, int64_t count, int64_t dim, int64_t padded_dim,
-                 uint32_t* out) {
-    const __m512i low = _mm512_load_si512(kInterleave.low);
-    const __m512i high = _mm512_load_si512(kInterleave.high);
-    auto store = [low, high](uint32_t* at, __m512i a, __m512i b) {
-        _mm512_storeu_si512(at, _mm512_permutex2var_epi16(a, low, b));
-        _mm512_storeu_si512(at + kLanes, _mm512_permutex2var_epi16(a, high, b));
-    };
-    for (int64_t j = 0; j < count; j += 2, out += kGroup) {
-        prefetch_row(rows[j + kGroup], dim);
-        prefetch_row(rows[j + 1 + kGroup], dim);
-        auto at = [out](int64_t d) {
-            return out + d / kGroup * (kGroup / 2 * kGroup) + d % kGroup;
-        };
-        const bool whole = j + 1 < count;
-        int64_t d = 0;
-        for (; whole && d + 32 <= dim; d += 32) {
-            store(at(d), _mm512_loadu_si512(rows[j] + d), _mm512_loadu_si512(rows[j + 1] + d));
-        }
-        for (; d < padded_dim; d += 32) {
-            store(at(d), load_pairs(rows[j], d / 2, dim),
-                  whole ? load_pairs(rows[j + 1], d / 2, dim) : _mm512_setzero_si512());
-        }
-    }
 }
 
 // c[MR][64] (rows ldc apart) = A . B for one packed group, added to c unless `fresh`.
@@ -202,13 +125,9 @@ AttentionBuffers AttentionBuffers::at(char* memory, int64_t dim, int64_t padded_
 }
 
 void gather_queries(const AttentionCall& call, const RowTile& tile, AttentionBuffers& buffers) {
-    const int64_t group = call.group();
-    for (int64_t r = 0; r < tile.rows; ++r) {
-        const int64_t row = tile.row0 + r;
-        const int64_t token = call.query_start[tile.seq] + row / group;
-        const int64_t head = tile.kv_head * group + row % group;
-        std::memcpy(buffers.q + r * (call.dim / 2),
-                    call.q + (token * call.q_heads + head) * call.dim, call.dim * sizeof(bf16));
+    for (int64_t r = 0; r < tile.all_rows(); ++r) {
+        std::memcpy(buffers.q + r * (call.dim / 2), call.q + RowPlace(call, tile, r).offset(call),
+                    call.dim * sizeof(bf16));
     }
 }
 
@@ -231,26 +150,34 @@ void attend_block(const AttentionCall& call, const RowTile& tile, int64_t block,
         std::fill(next_rows, next_rows + kGroup, value_rows[keys - 1]);
     }
     for (int64_t j = 0; j < keys; j += kGroup) {
-        pack_keys(key_rows + j, keys - j, dim, buffers.packed);
-        product_rows(buffers.q, pairs, tile.rows, buffers.packed, pairs, buffers.scores + j,
-                     AttentionBuffers::kScoreStride, true);
+        RowPrefetch ahead(key_rows + j, tile.kv_heads * dim);
+        for (int64_t h = 0; h < tile.kv_heads; ++h) {
+            pack_keys(key_rows + j, h * dim, keys - j, dim, ahead, buffers.packed);
+            const int64_t r = h * tile.rows;
+            product_rows(buffers.q + r * pairs, pairs, tile.rows, buffers.packed, pairs,
+                         buffers.scores + r * AttentionBuffers::kScoreStride + j,
+                         AttentionBuffers::kScoreStride, true);
+        }
     }
-    const int64_t group = call.group();
-    const int64_t last_query = (tile.row0 + tile.rows - 1) / group;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-        const int64_t query = (tile.row0 + r) / group;
-        const int64_t visible = std::min(keys, tile.keys - (last_query - query) - key0);
-        softmax_row(buffers.scores + r * AttentionBuffers::kScoreStride, visible, keys, call.scale,
+    const int64_t last_query = (tile.row0 + tile.rows - 1) / call.group();
+    for (int64_t r = 0; r < tile.all_rows(); ++r) {
+        const int64_t hidden = last_query - RowPlace(call, tile, r).query;
+        softmax_row(buffers.scores + r * AttentionBuffers::kScoreStride,
+                    std::min(keys, tile.keys - hidden - key0), keys, call.scale,
                     reinterpret_cast<bf16*>(buffers.p + r * (kKeyBlock / 2)), out.max + r,
                     out.sum + r);
     }
     for (int64_t j = 0; j < keys; j += kGroup) {
         const int64_t count = std::min(kGroup, keys - j);
-        pack_values(value_rows + j, count, dim, padded_dim, buffers.packed);
-        for (int64_t d = 0; d < padded_dim; d += kGroup) {
-            product_rows(buffers.p + j / 2, kKeyBlock / 2, tile.rows,
-                         buffers.packed + d * (kGroup / 2), (count + 1) / 2, out.values + d,
-                         padded_dim, j == 0);
+        RowPrefetch ahead(value_rows + j, tile.kv_heads * dim);
+        for (int64_t h = 0; h < tile.kv_heads; ++h) {
+            pack_values(value_rows + j, h * dim, count, dim, padded_dim, ahead, buffers.packed);
+            const int64_t r = h * tile.rows;
+            for (int64_t d = 0; d < padded_dim; d += kGroup) {
+                product_rows(buffers.p + r * (kKeyBlock / 2) + j / 2, kKeyBlock / 2, tile.rows,
+                             buffers.packed + d * (kGroup / 2), (count + 1) / 2,
+                             out.values + r * padded_dim + d, padded_dim, j == 0);
+            }
         }
     }
 }
@@ -273,12 +200,9 @@ void merge(const RowSums& into, const RowSums& part, int64_t rows, int64_t padde
 }
 
 void finish(const AttentionCall& call, const RowTile& tile, const RowSums& sums) {
-    const int64_t group = call.group(), padded_dim = call.padded_dim();
-    for (int64_t r = 0; r < tile.rows; ++r) {
-        const int64_t row = tile.row0 + r;
-        const int64_t token = call.query_start[tile.seq] + row / group;
-        const int64_t head = tile.kv_head * group + row % group;
-        bf16* out = call.out + (token * call.q_heads + head) * call.dim;
+    const int64_t padded_dim = call.padded_dim();
+    for (int64_t r = 0; r < tile.all_rows(); ++r) {
+        bf16* out = call.out + RowPlace(call, tile, r).offset(call);
         const __m512 factor = _mm512_set1_ps(1.0f / sums.sum[r]);
         for (int64_t d = 0; d < call.dim; d += kLanes) {
             const __m512 v = _mm512_loadu_ps(sums.values + r * padded_dim + d);
