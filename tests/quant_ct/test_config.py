@@ -40,7 +40,10 @@ def test_describe_names_the_scheme(config: dict[str, object], text: str) -> None
     [
         ({}, "config_groups"),
         ({"config_groups": {"g": {}}}, "config_groups.g.weights"),
-        ({"config_groups": {"g": {"weights": {}, "input_activations": 3}}}, "config_groups.g.input_activations"),
+        (
+            {"config_groups": {"g": {"weights": {}, "input_activations": 3}}},
+            "config_groups.g.input_activations",
+        ),
     ],
 )
 def test_a_malformed_config_names_its_field(config: dict[str, object], field: str) -> None:

@@ -10,6 +10,4 @@ CONTRACT = "1.0"
 
 @hookimpl
 def pymllm_quant_methods() -> list[QuantMethodSpec]:
-    return [
-        QuantMethodSpec(name="compressed-tensors", implementation="pymllm_quant_ct.config:quant_method")
-    ]
+    return [QuantMethodSpec(name="compressed-tensors", implementation="pymllm_quant_ct.config:quant_method")]

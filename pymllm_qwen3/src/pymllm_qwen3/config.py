@@ -38,8 +38,9 @@ class Qwen3Config(BaseModel):
     def read(cls, config: Mapping[str, Any]) -> Qwen3Config:
         """From config.json. Raises CheckpointError naming each field at fault."""
         fields = dict(config)
-        if not fields.get("head_dim") and fields.get("num_attention_heads"):
-            fields["head_dim"] = int(fields.get("hidden_size", 0)) // int(fields["num_attention_heads"])
+        hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+        if not fields.get("head_dim") and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            fields["head_dim"] = hidden // heads
         try:
             read = cls(**{**fields, "rope": RopeConfig.read(config, default_theta=DEFAULT_THETA)})
         except ValidationError as error:
