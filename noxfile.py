@@ -162,7 +162,10 @@ def tests(name: str) -> Callable[[nox.Session], None]:
         # folders have the packages' names. PYTHONPATH is dropped for the same reason.
         session.run(
             "pytest", "--timeout=300", f"--junitxml={report}", *(session.posargs or folders),
-            env={"PYTHONPATH": None, "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"},
+            # One thread: on a busy machine two threads wait for each other longer than small products take.
+            env={
+                "PYTHONPATH": None, "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
+            },
         )  # fmt: skip
 
     run.__doc__ = f"Tests of {' '.join(folders)} with {', '.join(packages)} installed, nothing else of ours."

@@ -48,8 +48,7 @@ def test_request_of_the_manual(served: Any, answer: str) -> None:
     with opener.open(request, timeout=60) as response:
         chat = json.load(response)
     assert chat["object"] == "chat.completion"
-    assert chat["choices"][0]["message"]["content"] == answer
-    assert answer.strip()
+    assert chat["choices"][0]["message"]["content"] == answer == "ok"
 
 
 def test_stream_gives_the_same_text(client: OpenAI, answer: str) -> None:
@@ -66,7 +65,7 @@ def test_the_model_is_listed(client: OpenAI) -> None:
 def test_in_process_gives_the_same_text(answer: str) -> None:
     with LLM("demo") as llm:
         params = SamplingParams(max_tokens=8, temperature=0.0)
-        assert llm.chat(QUESTION, params).text.endswith(answer)
+        assert llm.chat(QUESTION, params).text == answer
 
 
 @pytest.mark.parametrize("arguments", [["plugins", "--strict"], ["plan", "demo"], ["version"]])

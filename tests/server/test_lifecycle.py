@@ -185,7 +185,7 @@ def test_signal_while_loading(process, number):
     child.send_signal(number)
     _, log = child.communicate(timeout=5)
     assert time.monotonic() - started < 2
-    assert child.returncode == (0 if number == signal.SIGINT else -signal.SIGTERM)
+    assert child.returncode == 0
     assert "Traceback" not in log
     assert "loading weights: 40%" in log
 
