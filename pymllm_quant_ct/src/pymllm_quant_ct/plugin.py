@@ -11,5 +11,5 @@ CONTRACT = "1.0"
 @hookimpl
 def pymllm_quant_methods() -> list[QuantMethodSpec]:
     return [
-        QuantMethodSpec(name="compressed-tensors", implementation="pymllm_quant_ct.config:quant_method")
+        QuantMethodSpec(name="compressed-tensors", implementation="pymllm_quant_ct.method:CompressedTensors")
     ]
