@@ -24,6 +24,7 @@ with warnings.catch_warnings():
         QuantizationStatus,
         apply_quantization_config,
     )
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
 TINY = {
@@ -73,11 +74,13 @@ def write(
     seed: int = 0,
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    decompress: bool = True,
     **fields: Any,
 ) -> nn.Module:
     """Quantise a tiny Qwen3 and write it; returns it with the weights that the package dequantises.
 
     file_format: what the package shall write. change: edits the tensors before they are written.
+    decompress: let the package read back what it wrote (old versions cannot always do that).
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -95,9 +98,12 @@ def write(
         for name, module in model.named_modules():
             if getattr(module, "quantization_scheme", None) is not None:
                 _calibrate(name, module)
+        wide = _rounded(model)
         compressor = _compressor(model, file_format)
         tensors = _compress(compressor, model, folder)
-        wide = _decompress(compressor, model)
+        if decompress:
+            compressor.decompress_model(model)
+            wide = dict(model.state_dict())
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -171,7 +177,17 @@ def _compress(compressor: Any, model: nn.Module, folder: Path) -> dict[str, Tens
     return tensors
 
 
-def _decompress(compressor: Any, model: nn.Module) -> dict[str, Tensor]:
-    """The weights as the package dequantises them."""
-    compressor.decompress_model(model)
-    return dict(model.state_dict())
+def _rounded(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as the package rounds them while calibrating: what it would read back."""
+    wide = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if (scheme := getattr(module, "quantization_scheme", None)) is not None:
+            g_idx = getattr(module, "weight_g_idx", None)
+            wide[f"{name}.weight"] = fake_quantize(
+                module.weight.data,
+                module.weight_scale.data,
+                getattr(module, "weight_zero_point", None),
+                scheme.weights,
+                **({} if g_idx is None else {"g_idx": g_idx}),
+            )
+    return wide

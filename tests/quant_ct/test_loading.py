@@ -17,7 +17,7 @@ from pymllm_core.errors import CheckpointError
 from pymllm_core.nn.split_linear import SplitLinear
 from pymllm_core.testing.engines import make_engine, registry_of
 
-PROJ = "model.layers.1.self_attn.o_proj"
+OUT = "model.layers.1.self_attn.o_proj"
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -32,15 +32,15 @@ def with_(name: str, value: Tensor) -> Change:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without(f"{PROJ}.weight_packed"), rf"missing: {PROJ}.weight_packed"),
-        (without(f"{PROJ}.weight_scale"), rf"missing: {PROJ}.weight_scale"),
-        (without(f"{PROJ}.weight_zero_point"), rf"missing: {PROJ}.weight_zero_point"),
-        (with_(f"{PROJ}.weight_packed", torch.zeros(64, 7, dtype=torch.int32)), rf"{PROJ}.weight_packed is \[64, 7\]"),
-        (with_(f"{PROJ}.weight_packed", torch.zeros(64, 8, dtype=torch.int64)), rf"{PROJ}.weight_packed is torch.int64"),
-        (with_(f"{PROJ}.weight_scale", torch.ones(64, 3)), rf"{PROJ}.weight_scale is \[64, 3\]"),
-        (with_(f"{PROJ}.weight_scale", torch.ones(64, 2, dtype=torch.int32)), rf"{PROJ}.weight_scale"),
-        (with_(f"{PROJ}.weight_shape", torch.tensor([64, 65])), rf"{PROJ}.weight_shape holds \[64, 65\]"),
-        (with_(f"{PROJ}.weight_g_idx", torch.zeros(64, dtype=torch.int32)), rf"not used by the model: {PROJ}.weight_g"),
+        (without(f"{OUT}.weight_packed"), rf"missing: {OUT}.weight_packed"),
+        (without(f"{OUT}.weight_scale"), rf"missing: {OUT}.weight_scale"),
+        (without(f"{OUT}.weight_zero_point"), rf"missing: {OUT}.weight_zero_point"),
+        (with_(f"{OUT}.weight_packed", torch.zeros(64, 7, dtype=torch.int32)), rf"{OUT}.weight_packed is \[64, 7\]"),
+        (with_(f"{OUT}.weight_packed", torch.zeros(64, 8, dtype=torch.int64)), rf"{OUT}.weight_packed is torch.int64"),
+        (with_(f"{OUT}.weight_scale", torch.ones(64, 3)), rf"{OUT}.weight_scale is \[64, 3\]"),
+        (with_(f"{OUT}.weight_scale", torch.ones(64, 2, dtype=torch.int32)), rf"{OUT}.weight_scale"),
+        (with_(f"{OUT}.weight_shape", torch.tensor([64, 65])), rf"{OUT}.weight_shape holds \[64, 65\]"),
+        (with_(f"{OUT}.weight_g_idx", torch.zeros(64, dtype=torch.int32)), rf"not used by the model: {OUT}.weight_g"),
         (with_("model.layers.0.self_attn.k_scale", torch.ones(1)), "not used by the model: .*k_scale"),
     ],
 )  # fmt: skip
@@ -52,14 +52,14 @@ def test_wrong_files_are_refused(change: Change, message: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_static_scale_must_be_positive(value: float, tmp_path: Path) -> None:
-    change = with_(f"{PROJ}.input_scale", torch.tensor([value]))
+    change = with_(f"{OUT}.input_scale", torch.tensor([value]))
     write(tmp_path, [group(weights(8), inputs(dynamic=False))], change=change)
-    with pytest.raises(CheckpointError, match=rf"{PROJ}.input_scale"):
+    with pytest.raises(CheckpointError, match=rf"{OUT}.input_scale"):
         make_engine(tmp_path, *PLUGINS)
 
 
 def test_zero_points_of_symmetric_weights_must_be_zero(tmp_path: Path) -> None:
-    name = f"{PROJ}.weight_zero_point"
+    name = f"{OUT}.weight_zero_point"
     zeros = torch.zeros(64, 1, dtype=torch.int8)
     write(tmp_path / "zero", [group(weights(8), inputs())], change=with_(name, zeros))
     make_engine(tmp_path / "zero", *PLUGINS)
