@@ -70,7 +70,7 @@ def pymllm_kernels() -> list[KernelSpec]:
 
 def _cpu_quantised() -> list[KernelSpec]:
     """torch's own CPU operators, each for the shapes that it was found to be right and fast for."""
-    plain = ShapeRule(one_of=(0,))
+    zero = ShapeRule(minimum=0, maximum=0)
     of_16 = ShapeRule(multiple_of=16)
     int8 = "pymllm_core.builtin.cpu_int8"
     return [
@@ -83,7 +83,7 @@ def _cpu_quantised() -> list[KernelSpec]:
                     devices=("cpu",),
                     dtypes=("bfloat16", "float16"),
                     cpu_flags=("avx2",),
-                    shape={"N": of_16, "K": ShapeRule(multiple_of=32), "g_idx": plain, **groups},
+                    shape={"N": of_16, "K": ShapeRule(multiple_of=32), "g_idx": zero, **groups},
                 ),
                 priority=priority,
             )
@@ -105,7 +105,7 @@ def _cpu_quantised() -> list[KernelSpec]:
                     "K": of_16,
                     "groups": ShapeRule(one_of=(1,)),
                     "symmetric": ShapeRule(one_of=(1,)),
-                    "g_idx": plain,
+                    "g_idx": zero,
                 },
             ),
             priority=10,
