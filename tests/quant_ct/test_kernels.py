@@ -14,6 +14,7 @@ from pymllm_core.builtin.cpu_int4 import Int4PackLinear
 from pymllm_core.builtin.cpu_int8 import Int8PackLinear, OneDnnInt8Linear
 from pymllm_core.builtin.torch_quant import TorchW4A16, TorchW8A8, TorchW8A16
 from pymllm_core.device import cpu_flags
+from pymllm_core.nn import quant_ops
 from pymllm_core.nn.quant_ops import (
     int8_matmul,
     quantize_per_token_int8,
@@ -108,6 +109,20 @@ def test_int32_accumulation_is_exact(m: int, n: int, k: int, extreme: bool, seed
     a = torch.randint(low, 128, (m, k), generator=generator, dtype=torch.int8)
     b = torch.randint(low, 128, (n, k), generator=generator, dtype=torch.int8)
     assert torch.equal(int8_matmul(a, b).long(), a.long() @ b.long().T)
+
+
+def test_int32_accumulation_over_one_column() -> None:
+    a, b = torch.tensor([[44], [-3]], dtype=torch.int8), torch.tensor([[-81], [-11], [127]], dtype=torch.int8)
+    assert int8_matmul(a, b).tolist() == [[-3564, -484, 5588], [243, 33, -381]]
+
+
+@pytest.mark.parametrize("k", [1, 1023, 1025, 3000])
+def test_int32_accumulation_elsewhere_than_on_a_cpu(k: int) -> None:
+    """The way of devices without a product of integers, in pieces that float32 holds exactly."""
+    a, b = torch.full((2, k), -128, dtype=torch.int8), torch.full((3, k), -128, dtype=torch.int8)
+    b[1] = 127
+    pieces = quant_ops.float_pieces(a, b)
+    assert torch.equal(pieces.long(), a.long() @ b.long().T)
 
 
 def w8a8(n: int, k: int, *, static: bool, symmetric: bool, bias: bool = True) -> dict[str, Tensor]:

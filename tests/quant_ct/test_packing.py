@@ -73,7 +73,7 @@ def test_packing_round_trips(data: st.DataObject, bits: int, rows: int, columns:
 @settings(max_examples=150, deadline=None)
 @given(
     bits=st.sampled_from([4, 8]),
-    # The package (0.20.0) cannot read back zero points that it packed into a single word a column.
+    # The package (0.19, 0.20) cannot read back zero points that it packed into a single word a column.
     rows=st.lists(st.integers(9, 40), min_size=1, max_size=3),
     columns=st.integers(1, 3),
     strategy=st.sampled_from(["tensor", "channel", "g32", "g64", "g128"]),

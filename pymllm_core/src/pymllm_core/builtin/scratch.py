@@ -11,6 +11,7 @@ from torch import Tensor
 BLOCK = 1 << 22
 """Weights that are dequantised at a time: 8 MiB in bfloat16."""
 
+
 class _Scratch:
     buffer = torch.empty(0)
 

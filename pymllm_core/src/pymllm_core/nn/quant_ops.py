@@ -42,8 +42,14 @@ def dequantize(
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] int8 times b.T, b [N, K] int8: [M, N] int32, exact."""
-    if a.device.type == "cpu":
+    # torch 2.13's _int_mm takes a transposed matrix of one row for a plain one, and gives zeros.
+    if a.device.type == "cpu" and a.shape[1] > 1:
         return torch._int_mm(a, b.t())
+    return float_pieces(a, b)
+
+
+def float_pieces(a: Tensor, b: Tensor) -> Tensor:
+    """`int8_matmul` where there is no product of integers."""
     # Integers below 2^24 are exact in float32, and so are sums of 1024 products of 8-bit numbers.
     total = torch.zeros((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
     for start in range(0, a.shape[1], 1024):
