@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from pymllm_core.kv.chunk import ChunkCache
 from pymllm_core.kv.pool import PagePool
 

@@ -6,6 +6,7 @@ import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pymllm_core.kv.pool import PagePool
 from pymllm_core.kv.radix import RadixCache
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from pymllm_core.engine.sequence import Sequence, Status
 from pymllm_core.errors import QueueFullError
 from pymllm_core.kv.chunk import ChunkCache
@@ -106,7 +107,7 @@ def bound_of(harness: Harness) -> int:
 
 
 Scheduling.TestCase.settings = settings(
-    max_examples=80,
+    max_examples=200,
     stateful_step_count=50,
     deadline=None,
     derandomize=True,
@@ -119,7 +120,9 @@ TestScheduling = Scheduling.TestCase
 @pytest.mark.parametrize("policy", POLICIES)
 def test_10000_random_steps(policy: type[Any], overlap: bool) -> None:
     rng = random.Random(17)
-    harness = Harness(policy, num_pages=24, page_size=3, max_running=5, max_prefill=9, chunk=6, overlap=overlap)
+    harness = Harness(
+        policy, num_pages=24, page_size=3, max_running=5, max_prefill=9, chunk=6, overlap=overlap
+    )
     alive: list[Sequence] = []
     for _ in range(10_000):
         alive = [s for s in alive if s.status is not Status.FINISHED]
@@ -176,7 +179,7 @@ def test_first_come_first_served() -> None:
 
 
 def test_the_youngest_is_preempted_and_returns_to_the_front() -> None:
-    harness = Harness(ChunkCache, num_pages=4, page_size=2, conservativeness=0.01)
+    harness = Harness(ChunkCache, num_pages=4, page_size=2, conservativeness=0.01, max_running=2)
     old, young = harness.admit([0, 1], 6), harness.admit([1, 2], 5)
     waiting = harness.admit([2, 2], 2)
     while not harness.scheduler.num_preemptions:
@@ -213,7 +216,9 @@ def test_the_queue_has_a_limit() -> None:
     harness = Harness(ChunkCache, num_pages=50, max_running=2, max_queued=1)
     for _ in range(3):
         harness.admit([1, 2], 3)
-    with pytest.raises(QueueFullError, match=r"3 requests are waiting, and max_queued_requests is 1; retry later"):
+    with pytest.raises(
+        QueueFullError, match=r"3 requests are waiting, and max_queued_requests is 1; retry later"
+    ):
         harness.admit([1, 2], 3)
     harness.step()  # two of them run now, one waits
     with pytest.raises(QueueFullError, match="1 requests are waiting") as caught:

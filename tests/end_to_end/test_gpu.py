@@ -38,7 +38,7 @@ PROMPTS = [
     "Which day comes after Monday?",
     "Repeat three times: moon",
     "How many letters are in: banana",
-    'Give me JSON with keys name and age for Tom, 12',
+    "Give me JSON with keys name and age for Tom, 12",
     "Who are you?",
     "Thank you!",
     "What comes after March?",
@@ -62,7 +62,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         f"--server.attention_backend pytorch --server.port {port} --server.mem_fraction_static 0.1"
     )
     with log.open("wb") as output:
-        process = subprocess.Popen(command.split(), cwd=log.parent, env=dict(os.environ), stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command.split(), cwd=log.parent, env=dict(os.environ), stdout=output, stderr=output
+        )
     url = f"http://127.0.0.1:{port}"
     start = time.monotonic()
     while True:
@@ -100,7 +102,13 @@ def assert_same_but_for_ties(tokens: tuple[int, ...], reference: Any) -> None:
 
 def test_http_greedy_answers_equal_the_cpus(server: str, on_cpu: list[Any]) -> None:
     async def ask(client: httpx.AsyncClient, prompt: str) -> dict[str, Any]:
-        body = {"model": "default", "messages": chat(prompt), "max_tokens": 48, "temperature": 0.0, "logprobs": True}
+        body = {
+            "model": "default",
+            "messages": chat(prompt),
+            "max_tokens": 48,
+            "temperature": 0.0,
+            "logprobs": True,
+        }
         answer = await client.post(f"{server}/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()["choices"][0]
@@ -181,7 +189,9 @@ def test_float32_logits_equal_transformers(tmp_path: Path) -> None:
     save(model, tmp_path)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, 320, (n,), generator=generator).tolist() for n in (1, 7, 33, 100, 129)]
-    with LLM(str(tmp_path), device="cuda", dtype="float32", mem_fraction_static=0.1, max_prefill_tokens=48) as llm:
+    with LLM(
+        str(tmp_path), device="cuda", dtype="float32", mem_fraction_static=0.1, max_prefill_tokens=48
+    ) as llm:
         params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True, logprobs=1)
         answers = llm.generate(prompts, params)
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -15,7 +15,7 @@ from pymllm_core.config import Settings
 from pymllm_core.engine.build import assemble, build_engine
 from pymllm_core.engine.processor import Processor
 from pymllm_core.engine.status import EngineStats, Progress, ProgressCallback
-from pymllm_core.errors import EngineError
+from pymllm_core.errors import EngineError, RequestError
 from pymllm_core.output import Completion, Delta, TokenLogprob
 from pymllm_core.plan import Plan
 from pymllm_core.request import Request, SamplingParams
@@ -101,6 +101,10 @@ class LLM:
         """
         single = isinstance(prompts, str)
         many: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+        if any(isinstance(prompt, int) for prompt in many):
+            raise RequestError(
+                "a prompt of token ids goes into a list of prompts: [[1, 2, 3]], not [1, 2, 3]"
+            )
         requests = [
             self._prompt(prompt, p, str(index))
             for index, (prompt, p) in enumerate(zip(many, self._each(params, len(many)), strict=True))
@@ -194,7 +198,11 @@ class LLM:
 
     @staticmethod
     def _each(params: Params | Sequence[SamplingParams], count: int) -> Sequence[Params]:
-        return [params] * count if params is None or isinstance(params, SamplingParams) else params
+        if params is None or isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise RequestError(f"{len(params)} sampling parameters were given for {count} prompts")
+        return params
 
     def _stream(self, requests: list[Request]) -> Iterator[Delta]:
         engine = self._engine

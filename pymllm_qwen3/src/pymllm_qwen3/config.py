@@ -37,9 +37,8 @@ class Qwen3Config(BaseModel):
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Qwen3Config:
         """From config.json. Raises CheckpointError naming each field at fault."""
-        fields = dict(config)
-        if not fields.get("head_dim") and fields.get("num_attention_heads"):
-            fields["head_dim"] = int(fields.get("hidden_size", 0)) // int(fields["num_attention_heads"])
+        # An absent head_dim is 128, as in transformers' Qwen3Config; every published config names it.
+        fields = {**config, "head_dim": config.get("head_dim") or 128}
         try:
             read = cls(**{**fields, "rope": RopeConfig.read(config, default_theta=DEFAULT_THETA)})
         except ValidationError as error:

@@ -33,11 +33,11 @@ class TorchAttention:
         if self._batched:
             longest = max(ctx.kv_lens_host[: self._batched])
             pages = ctx.page_table[: self._batched, : -(-longest // ctx.page_size)].long()
-            self._decode_slots = (pages[:, :, None] * ctx.page_size + offsets).flatten(1)
-            length = self._decode_slots.shape[1]
-            self._decode_mask = (
-                torch.arange(length, device=device)[None] < ctx.kv_lens[: self._batched, None]
-            )[:, None, None, :]
+            slots = (pages[:, :, None] * ctx.page_size + offsets).flatten(1)
+            valid = torch.arange(slots.shape[1], device=device)[None] < ctx.kv_lens[: self._batched, None]
+            # Weight 0 times another sequence's NaN is NaN: what is masked reads the sequence's own first token.
+            self._decode_slots = torch.where(valid, slots, slots[:, :1])
+            self._decode_mask = valid[:, None, None, :]
         self._slots = []
         for index in range(self._batched, len(ctx.query_lens)):
             length = ctx.kv_lens_host[index]

@@ -146,9 +146,15 @@ class AsyncEngine:
             )
         if request.id in self._streams:
             raise RequestError(f"a request with id {request.id!r} is running already", param="rid")
-        stream = self._streams[request.id] = Stream(request.id, self.abort)
-        self._arriving += 1
-        self._post(lambda engine: self._add(engine, request))
+        stream = Stream(request.id, self.abort)
+        with self._wake:
+            # Under the lock that `_end_streams` takes: a stream is either ended by it or refused here.
+            if self.state != "ready":
+                raise self._unavailable()
+            self._streams[request.id] = stream
+            self._arriving += 1
+            self._inbox.append(lambda engine: self._add(engine, request))
+            self._wake.notify()
         return stream
 
     def abort(self, request_id: str) -> bool:
@@ -229,7 +235,8 @@ class AsyncEngine:
             self._deliver(deltas)
 
     def _add(self, engine: Engine, request: Request) -> None:
-        self._arriving -= 1
+        with self._wake:
+            self._arriving -= 1
         try:
             engine.add(request)
         except RequestError as error:
@@ -252,8 +259,9 @@ class AsyncEngine:
     def _end_streams(self) -> None:
         reason: Literal["abort", "error"] = "error" if self.state == "failed" else "abort"
         message = str(self.error) if self.error is not None else "the engine was stopped"
-        for request_id in list(self._streams):
-            self._deliver_one(Delta(request_id, "", (), Usage(0, 0), finish_reason=reason, error=message))
+        with self._wake:
+            for request_id in list(self._streams):
+                self._deliver_one(Delta(request_id, "", (), Usage(0, 0), finish_reason=reason, error=message))
 
     def _post(self, command: Callable[[Engine], None]) -> None:
         with self._wake:

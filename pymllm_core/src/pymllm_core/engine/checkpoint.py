@@ -48,6 +48,7 @@ class Checkpoint:
         self.folder = folder
         self._open: dict[Path, Any] = {}
         self._read: list[Tensor] = []
+        self._mapped: dict[Path, bool] = {}
         self._stored: dict[str, _Stored] = {}
         for file in self._files():
             handle = self._handle(file)
@@ -139,7 +140,10 @@ class Checkpoint:
                 f"tensor {slot.name!r} of {stored.file} is {tensor.dtype}, expected {slot.dtype}; "
                 "is it quantised by a method that config.json does not name?"
             )
-        self._read.append(tensor)
+        if stored.file not in self._mapped:
+            self._mapped[stored.file] = _lies_in_file(tensor)
+        if self._mapped[stored.file]:
+            self._read.append(tensor)
         return tensor
 
     def release(self) -> None:
@@ -161,6 +165,17 @@ class Checkpoint:
             with suppress(Exception):
                 handle.__exit__(None, None, None)
         self._open.clear()
+
+
+def _lies_in_file(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is a file's mapping, so that what is dropped can be read again."""
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        span, _, _, _, inode, *_ = line.split(maxsplit=5)
+        first, _, last = span.partition("-")
+        if int(first, 16) <= address < int(last, 16):
+            return inode != "0"
+    return False
 
 
 @functools.cache

@@ -184,7 +184,14 @@ class Engine:
             output.tokens.append(token)
             if logprob is not None:
                 output.logprobs.append(logprob)
-            reason, matched = self._advance(output, token)
+            try:
+                reason, matched = self._advance(output, token)
+            except Exception as error:
+                # One sequence's fault (a tokenizer can raise) must not lose what the others have to say.
+                logger.exception("request %s ends with an error", sequence.request.id)
+                sequence.detokenizer = None
+                deltas.append(self._finish(output, "error", error=f"{type(error).__name__}: {error}"))
+                continue
             if reason is not None:
                 deltas.append(self._finish(output, reason, matched))
             elif len(output.tokens) >= self.plan.settings.server.stream_interval:

@@ -220,7 +220,8 @@ class Sampler:
         weights = _weights(values, values[:, :1], group.temperature)
         rank = torch.arange(values.shape[1], device=values.device)
         weights = weights * (rank < group.top_k)
-        # The most likely token has weight 1, so that min_p compares with the weight itself.
+        # The most likely token has weight 1, so that min_p compares with the weight itself. As in vLLM it acts
+        # before top_p.
         weights = weights * (weights >= group.min_p)
         before = weights.cumsum(dim=-1)
         keep = (before - weights) < group.top_p * before[:, -1:]

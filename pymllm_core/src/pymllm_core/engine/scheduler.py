@@ -42,6 +42,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        # The head of the queue that did not fit, and the pages there were then: asked again when there are more.
+        self._refused: tuple[Sequence, int] | None = None
         self._rows = list(range(limits.max_running - 1, -1, -1))
 
     @property
@@ -189,6 +191,9 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence) -> bool:
         """Make a waiting sequence a running one if its prompt fits beside the running ones."""
+        obtainable = self.pool.free_pages + self.cache.evictable_pages
+        if self._refused is not None and self._refused[0] is sequence and obtainable <= self._refused[1]:
+            return False
         # The last token is always computed, since its logits are wanted.
         match = self.cache.match(
             sequence.key_ids[: len(sequence.tokens) - 1], sequence.request.cache_namespace
@@ -197,6 +202,7 @@ class Scheduler:
         spare = int(self.limits.conservativeness * len(self.running))
         if self.pool.free_pages + self.cache.evictable_pages < need + spare:
             self.cache.release(match)
+            self._refused = (sequence, obtainable)
             return False
         sequence.match = match
         sequence.pages = list(match.pages)

@@ -1,0 +1,13 @@
+"""Turns the names of the demo models into folders of this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_FOLDERS = {"demo": "model"}
+
+
+def resolve(name: str, options: object) -> Path | None:
+    """The folder of a demo model; None for any other name, which another source may know."""
+    folder = _FOLDERS.get(name)
+    return None if folder is None else Path(__file__).parent / folder
