@@ -39,14 +39,18 @@ PACKAGES = (
 COMBINATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "core": (("pymllm_core",), ("tests/core",), "test"),
     "core+qwen3": (("pymllm_core", "pymllm_qwen3"), ("tests/qwen3",), "test"),
-    "core+qwen3+quant_ct": (("pymllm_core", "pymllm_qwen3", "pymllm_quant_ct"), ("tests/quant_ct",), "test"),
+    "core+qwen3+quant_ct": (
+        ("pymllm_core", "pymllm_qwen3", "pymllm_quant_ct"),
+        ("tests/quant_ct",),
+        "test-quant",
+    ),
     "core+kernels": (("pymllm_core", "pymllm_kernels"), ("tests/kernels",), "test"),
     "core+server": (("pymllm_core", "pymllm_server"), ("tests/server",), "test-server"),
     # Not tests/kernels, whose numbers do not depend on what else is installed.
     "everything": (
         PACKAGES,
         ("tests/core", "tests/qwen3", "tests/quant_ct", "tests/server", "tests/end_to_end"),
-        "test-server",
+        "test-all",
     ),
 }
 """Session: the packages that are installed, the tests that run, and the group of test tools."""

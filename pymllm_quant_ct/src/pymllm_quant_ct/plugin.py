@@ -10,4 +10,6 @@ CONTRACT = "1.0"
 
 @hookimpl
 def pymllm_quant_methods() -> list[QuantMethodSpec]:
-    return [QuantMethodSpec(name="compressed-tensors", implementation="pymllm_quant_ct.config:quant_method")]
+    return [
+        QuantMethodSpec(name="compressed-tensors", implementation="pymllm_quant_ct.method:CompressedTensors")
+    ]

@@ -51,8 +51,72 @@ def pymllm_kernels() -> list[KernelSpec]:
             ),
             priority=10,
         ),
+        *(
+            KernelSpec(
+                operation=operation, name="torch", implementation=f"pymllm_core.builtin.torch_quant:{name}"
+            )
+            for operation, name in (
+                ("w4a16_linear", "TorchW4A16"),
+                ("w8a16_linear", "TorchW8A16"),
+                ("w8a8_linear", "TorchW8A8"),
+            )
+        ),
+        *_cpu_quantised(),
         KernelSpec(
             operation="attention_prep", name="torch", implementation=f"{kernels}:torch_attention_prep"
+        ),
+    ]
+
+
+def _cpu_quantised() -> list[KernelSpec]:
+    """torch's own CPU operators, each for the shapes that it was found to be right and fast for."""
+    zero = ShapeRule(minimum=0, maximum=0)
+    of_16 = ShapeRule(multiple_of=16)
+    int8 = "pymllm_core.builtin.cpu_int8"
+    return [
+        *(
+            KernelSpec(
+                operation="w4a16_linear",
+                name=name,
+                implementation="pymllm_core.builtin.cpu_int4:Int4PackLinear",
+                needs=Needs(
+                    devices=("cpu",),
+                    dtypes=("bfloat16", "float16"),
+                    cpu_flags=("avx2",),
+                    shape={"N": of_16, "K": ShapeRule(multiple_of=32), "g_idx": zero, **groups},
+                ),
+                priority=priority,
+            )
+            for name, priority, groups in (
+                ("int4pack", 10, {"group_size": ShapeRule(one_of=(32, 64, 128, 256))}),
+                ("int4pack-channel", 9, {"groups": ShapeRule(one_of=(1,))}),
+            )
+        ),
+        KernelSpec(
+            operation="w8a16_linear",
+            name="int8pack",
+            implementation=f"{int8}:Int8PackLinear",
+            needs=Needs(
+                devices=("cpu",),
+                dtypes=("bfloat16",),
+                cpu_flags=("avx2",),
+                # The operator reads past the end where K is no multiple of 16.
+                shape={
+                    "K": of_16,
+                    "groups": ShapeRule(one_of=(1,)),
+                    "symmetric": ShapeRule(one_of=(1,)),
+                    "g_idx": zero,
+                },
+            ),
+            priority=10,
+        ),
+        KernelSpec(
+            operation="w8a8_linear",
+            name="onednn",
+            implementation=f"{int8}:OneDnnInt8Linear",
+            # Without VNNI, sums of two products saturate at 16 bits.
+            needs=Needs(devices=("cpu",), cpu_flags=("avx512_vnni",)),
+            priority=10,
         ),
     ]
 

@@ -28,7 +28,7 @@ from pymllm_core.plan import Limits, Plan, divide_memory
 from pymllm_core.plugins import Registry
 from pymllm_core.protocols.attention import AttentionConfig
 from pymllm_core.protocols.model import Model, ModelShape
-from pymllm_core.protocols.quant import QuantMethod
+from pymllm_core.protocols.quant import QuantMethod, Stored
 from pymllm_core.protocols.source import SourceOptions
 from pymllm_core.select import Choice, choose
 from pymllm_core.specs import (
@@ -120,7 +120,13 @@ def assemble(
     context = _context_length(settings, shape)
     quant_choice, quant = _quantisation(registry, want, settings, config)
     kernels = _Kernels(registry, device, dtype)
-    builder = Builder(dtype=_torch_dtype(dtype), max_positions=context, kernel=kernels, quant=quant)
+    builder = Builder(
+        dtype=_torch_dtype(dtype),
+        max_positions=context,
+        kernel=kernels,
+        quant=quant,
+        stored=None if quant is None or server.load_format == "dummy" else _stored(folder),
+    )
     model = model_class(config, builder)
     kv_dtype = _kv_dtype(settings, dtype)
     page_size = server.radix_cache_page_size
@@ -350,6 +356,18 @@ def _quantisation(
     )
     quant: QuantMethod = choice.spec.load()(stored)
     return choice, quant
+
+
+def _stored(folder: Path) -> Stored | None:
+    """What the folder's weight files hold, from their headers; None where they are not (all) there yet."""
+    try:
+        checkpoint = Checkpoint(folder)
+    except CheckpointError:
+        # A plan can be made without weights; loading will say what is wrong with the files.
+        return None
+    shapes = checkpoint.shapes
+    checkpoint.close()
+    return shapes
 
 
 def _parser(

@@ -96,8 +96,9 @@ class Checkpoint:
         return self._open[file]
 
     @property
-    def names(self) -> set[str]:
-        return set(self._stored)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all tensors."""
+        return {name: stored.shape for name, stored in self._stored.items()}
 
     def check(self, slots: list[WeightSlot], ignored: set[str]) -> None:
         """Compare headers with what the model needs, before any tensor is read.

@@ -49,7 +49,8 @@ class DummyReader:
     """Seeded random weights for any shape (``load_format dummy``).
 
     One block of normal numbers is made a tensor and repeated: timings need unlike numbers, not
-    independent ones, and an 8B model is filled in a second. Vectors (norms) are ones.
+    independent ones, and an 8B model is filled in a second. Vectors of floats (norms) are ones, those of
+    integers (indices, zero points) zeros; optional tensors are absent.
     """
 
     BLOCK = 1 << 22
@@ -59,9 +60,12 @@ class DummyReader:
         self._seed = seed
         self._device = device
 
-    def __call__(self, slot: WeightSlot) -> Tensor:
-        if len(slot.shape) == 1 and slot.dtype.is_floating_point:
-            return torch.ones(slot.shape, dtype=slot.dtype, device=self._device)
+    def __call__(self, slot: WeightSlot) -> Tensor | None:
+        if slot.optional:
+            return None
+        if len(slot.shape) == 1:
+            value = int(slot.dtype.is_floating_point)
+            return torch.full(slot.shape, value, dtype=slot.dtype, device=self._device)
         generator = torch.Generator(self._device).manual_seed(self._seed ^ zlib.crc32(slot.name.encode()))
         count = slot.num_bytes // slot.dtype.itemsize
         size = min(count, self.BLOCK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -9,11 +10,20 @@ import torch
 
 from pymllm_core.nn import ops
 from pymllm_core.nn.attention import Attention
-from pymllm_core.nn.embedding import Embedding
+from pymllm_core.nn.embedding import Embedding, EmbeddingNode, QuantisedEmbedding
 from pymllm_core.nn.linear import DenseScheme, Linear
 from pymllm_core.nn.norm import RMSNorm
 from pymllm_core.nn.rope import RopeConfig, Rotary
-from pymllm_core.protocols.quant import LinearLayer, LinearPart, QuantMethod, Reader, WeightSlot
+from pymllm_core.nn.split_linear import SplitLinear
+from pymllm_core.protocols.quant import (
+    LinearLayer,
+    LinearPart,
+    LinearScheme,
+    QuantMethod,
+    Reader,
+    Stored,
+    WeightSlot,
+)
 
 KernelFactory = Callable[[str, Mapping[str, int]], Any]
 """From an operation and its dimensions to the kernel that the plan chose."""
@@ -34,7 +44,8 @@ class Builder:
     """Makes nodes. Names are those of the checkpoint; nothing is allocated until `Node.load`.
 
     dtype: the computation's. max_positions: the longest sequence of this engine. kernel: see
-    `KernelFactory`. quant: the checkpoint's quantisation method, None for none.
+    `KernelFactory`. quant: the checkpoint's quantisation method, None for none. stored: names and shapes of
+    the checkpoint's tensors, None where they are not known.
     """
 
     def __init__(
@@ -44,6 +55,7 @@ class Builder:
         max_positions: int,
         kernel: KernelFactory,
         quant: QuantMethod | None = None,
+        stored: Stored | None = None,
     ) -> None:
         self.dtype = dtype
         self.max_positions = max_positions
@@ -51,6 +63,7 @@ class Builder:
         self.ignored: set[str] = set()
         self._kernel = kernel
         self._quant = quant
+        self._stored = stored
 
     def linear(
         self,
@@ -60,7 +73,7 @@ class Builder:
         *,
         bias: bool = False,
         act: str | None = None,
-    ) -> Linear:
+    ) -> Linear | SplitLinear:
         """A fused linear of the projections `parts` (name below `prefix`: rows), in this order.
 
         act ``silu_mul`` makes the result silu(first half) · second half.
@@ -71,23 +84,41 @@ class Builder:
             bias=bias,
             act=act,
         )
-        return self._linear(layer)
+        if self._quant is not None and not self._quant.fuses(layer, self._stored):
+            alone = [dataclasses.replace(layer, parts=(part,), act=None) for part in layer.parts]
+            return self._add(SplitLinear(layer, [self._make(part) for part in alone]))
+        return self._add(self._make(layer))
 
-    def lm_head(self, name: str, embedding: Embedding, *, tied: bool) -> Linear:
-        """The output head. A tied head reads the embedding's tensor; a stored copy of it is ignored."""
-        vocab_size, hidden_size = embedding.slot.shape
+    def lm_head(self, name: str, embedding: EmbeddingNode, *, tied: bool) -> Linear:
+        """The output head. A tied head reads the embedding's tensors; a stored copy of them is ignored.
+
+        tied is what config.json says. In a quantised checkpoint what is stored decides instead: a quantised
+        head is read whatever was tied before, and a head that is not stored is tied.
+        """
+        if self._quant is not None and self._stored is not None:
+            quantised = any(
+                f"{name}.{suffix}" in self._stored for suffix in ("weight_packed", "weight_scale")
+            )
+            tied = not quantised and (tied or f"{name}.weight" not in self._stored)
+        module = "Linear"
         if tied:
             self.ignored.add(f"{name}.weight")
-            name = embedding.slot.name.removesuffix(".weight")
-        return self._linear(LinearLayer((LinearPart(name, vocab_size),), hidden_size))
+            name, module = embedding.name, "Embedding"
+        part = LinearPart(name, embedding.vocab_size)
+        return self._add(self._make(LinearLayer((part,), embedding.hidden_size, module=module)))
 
-    def _linear(self, layer: LinearLayer) -> Linear:
-        scheme = self._quant.linear(layer, self.dtype) if self._quant is not None else None
-        if scheme is None:
-            scheme = DenseScheme(layer, self.dtype)
-        return self._add(Linear(layer, scheme, self._kernel(scheme.operation, scheme.shape)))
+    def _make(self, layer: LinearLayer) -> Linear:
+        scheme = self._scheme(layer) or DenseScheme(layer, self.dtype)
+        return Linear(layer, scheme, self._kernel(scheme.operation, scheme.shape))
 
-    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Embedding:
+    def _scheme(self, layer: LinearLayer) -> LinearScheme | None:
+        return self._quant.linear(layer, self.dtype, self._stored) if self._quant is not None else None
+
+    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Embedding | QuantisedEmbedding:
+        layer = LinearLayer((LinearPart(name, vocab_size),), hidden_size, module="Embedding")
+        scheme = self._scheme(layer)
+        if scheme is not None:
+            return self._add(QuantisedEmbedding(name, vocab_size, hidden_size, scheme))
         return self._add(Embedding(name, vocab_size, hidden_size, self.dtype))
 
     def norm(self, name: str, size: int, eps: float) -> RMSNorm:

@@ -2,32 +2,75 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymllm_core.protocols.quant import Reader, WeightSlot
+from pymllm_core.nn import ops
+from pymllm_core.nn.quant_ops import dequantize, unpack_int4
+from pymllm_core.protocols.quant import LinearScheme, Reader, WeightSlot
+
+
+class EmbeddingNode(Protocol):
+    """[T] token ids to [T, hidden_size]. name: as in the checkpoint, without ``.weight``."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+
+    def __call__(self, input_ids: Tensor) -> Tensor: ...
 
 
 class Embedding:
-    """[T] token ids to [T, hidden_size].
+    """Rows in the computation's dtype.
 
     On a CPU the table stays memory-mapped from the checkpoint: only rows that are used become resident.
     """
 
-    __slots__ = ("slot", "weight")
+    __slots__ = ("_slot", "hidden_size", "name", "vocab_size", "weight")
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
-        self.slot = WeightSlot(f"{name}.weight", (vocab_size, hidden_size), dtype)
+        self.name, self.vocab_size, self.hidden_size = name, vocab_size, hidden_size
+        self._slot = WeightSlot(f"{name}.weight", (vocab_size, hidden_size), dtype)
         self.weight = torch.empty(0)
 
     def slots(self) -> list[WeightSlot]:
-        return [self.slot]
+        return [self._slot]
 
     def load(self, read: Reader, device: torch.device) -> None:
-        tensor = read(self.slot)
+        tensor = read(self._slot)
         assert tensor is not None
-        self.weight = tensor.to(device=device, dtype=self.slot.dtype)
+        self.weight = tensor.to(device=device, dtype=self._slot.dtype)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         return F.embedding(input_ids, self.weight)
+
+
+class QuantisedEmbedding:
+    """Rows in the format of ``w4a16_linear`` or ``w8a16_linear``, dequantised as they are looked up."""
+
+    __slots__ = ("_scheme", "_tensors", "hidden_size", "name", "vocab_size")
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, scheme: LinearScheme) -> None:
+        assert scheme.operation in (ops.W4A16_LINEAR, ops.W8A16_LINEAR), scheme.operation
+        self.name, self.vocab_size, self.hidden_size = name, vocab_size, hidden_size
+        self._scheme = scheme
+        self._tensors: dict[str, Tensor] = {}
+
+    def slots(self) -> list[WeightSlot]:
+        return self._scheme.slots()
+
+    def load(self, read: Reader, device: torch.device) -> None:
+        self._tensors = self._scheme.load(read, device)
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        tensors = self._tensors
+        codes = tensors["weight"][input_ids]
+        if self._scheme.operation == ops.W4A16_LINEAR:
+            codes = unpack_int4(codes, self.hidden_size)
+        zero_point = tensors.get("zero_point")
+        if zero_point is not None:
+            zero_point = zero_point[input_ids]
+        return dequantize(codes, tensors["scale"][input_ids], zero_point, tensors.get("g_idx"))

@@ -7,8 +7,19 @@ activations and softmax are computed in float32 whatever the dtype of the tensor
 operation           tensors given to `pack`
 ==================  =============================================================================
 ``linear``          ``weight`` [N, K], optional ``bias`` [N]
+``w4a16_linear``    ``weight`` [N, 4 ceil(K / 8)] uint8 as in `quant_ops.unpack_int4`, ``scale`` [N, G]
+                    in the computation's dtype, optional ``zero_point`` [N, G] int8, ``g_idx`` [K] int32,
+                    ``bias``
+``w8a16_linear``    ``weight`` [N, K] int8, the rest as ``w4a16_linear``
+``w8a8_linear``     ``weight`` [N, K] int8, ``weight_scale`` [N] float32; for static activations
+                    ``input_scale`` and, where asymmetric, ``input_zero_point`` (float32, int32, no
+                    dimensions); for asymmetric ones ``weight_sum`` [N] int32; optional ``bias``
 ``attention_prep``  none; see `attention_prep`
 ==================  =============================================================================
+
+Dimensions by which kernels are chosen, beside ``K`` and ``N``. ``w4a16_linear``, ``w8a16_linear``:
+``group_size`` (K where one group is a whole row), ``groups`` (G), ``symmetric`` and ``g_idx`` (0 or 1).
+``w8a8_linear``: ``static`` and ``symmetric``, of the activations (0 or 1). Definitions: `quant_ops`.
 """
 
 from __future__ import annotations
@@ -21,7 +32,10 @@ from torch import Tensor
 
 LINEAR = "linear"
 ATTENTION_PREP = "attention_prep"
-OPERATIONS = (LINEAR, ATTENTION_PREP)
+W4A16_LINEAR = "w4a16_linear"
+W8A16_LINEAR = "w8a16_linear"
+W8A8_LINEAR = "w8a8_linear"
+OPERATIONS = (LINEAR, W4A16_LINEAR, W8A16_LINEAR, W8A8_LINEAR, ATTENTION_PREP)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -31,6 +31,10 @@ Reader = Callable[[WeightSlot], "Tensor | None"]
 """Gives a slot's tensor as stored (memory-mapped, on the CPU); None for an absent optional one."""
 
 
+Stored = Mapping[str, tuple[int, ...]]
+"""Names and shapes of a checkpoint's tensors."""
+
+
 @dataclass(frozen=True, slots=True)
 class LinearPart:
     """One projection of a fused linear: its name in the checkpoint and its rows."""
@@ -43,13 +47,15 @@ class LinearPart:
 class LinearLayer:
     """A linear as the model asks for it: parts stacked along the rows, one input.
 
-    act: None, or ``silu_mul`` where the parts are gate and up.
+    act: None, or ``silu_mul`` where the parts are gate and up. module: the class of the parts in the
+    original model, by which configs may name them; ``Embedding`` for an embedding and a head tied to it.
     """
 
     parts: tuple[LinearPart, ...]
     in_features: int
     bias: bool = False
     act: str | None = None
+    module: str = "Linear"
 
     @property
     def out_features(self) -> int:
@@ -77,10 +83,20 @@ class LinearScheme(Protocol):
 
 
 class QuantMethod(Protocol):
-    """Decides the scheme of every linear of one checkpoint."""
+    """Decides the scheme of every linear and embedding of one checkpoint.
 
-    def linear(self, layer: LinearLayer, dtype: torch.dtype) -> LinearScheme | None:
-        """The scheme, or None where the layer is stored unquantised."""
+    stored: what the checkpoint holds, None where that is not known (dummy weights, a plan without files).
+    """
+
+    def fuses(self, layer: LinearLayer, stored: Stored | None) -> bool:
+        """Whether one scheme can serve all parts; where not, each part becomes a linear of its own."""
+        ...
+
+    def linear(self, layer: LinearLayer, dtype: torch.dtype, stored: Stored | None) -> LinearScheme | None:
+        """The scheme, or None where the layer is stored unquantised. Raises CheckpointError naming a field.
+
+        An embedding's scheme must have the operation ``w4a16_linear`` or ``w8a16_linear``.
+        """
         ...
 
 
