@@ -23,7 +23,7 @@ CONTRACT = "1.0"
 
 @dataclass(frozen=True, slots=True)
 class ShapeRule:
-    """Which values of one dimension an implementation accepts."""
+    """Which values of one dimension an implementation accepts; `one_of` alone decides where it is given."""
 
     multiple_of: int = 1
     minimum: int = 1
@@ -32,7 +32,9 @@ class ShapeRule:
 
     def reason(self, name: str, value: int) -> str | None:
         """Why `value` is not accepted, or None where it is."""
-        if self.one_of is not None and value not in self.one_of:
+        if self.one_of is not None:
+            if value in self.one_of:
+                return None
             return f"{name}={value} is none of {', '.join(map(str, self.one_of))}"
         if value % self.multiple_of:
             return f"{name}={value} is no multiple of {self.multiple_of}"

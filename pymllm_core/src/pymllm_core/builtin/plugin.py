@@ -70,7 +70,7 @@ def pymllm_kernels() -> list[KernelSpec]:
 
 def _cpu_quantised() -> list[KernelSpec]:
     """torch's own CPU operators, each for the shapes that it was found to be right and fast for."""
-    zero = ShapeRule(minimum=0, maximum=0)
+    zero = ShapeRule(one_of=(0,))
     of_16 = ShapeRule(multiple_of=16)
     int8 = "pymllm_core.builtin.cpu_int8"
     return [
