@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pymllm_core.nn.memory import zeros_on_demand
 from pymllm_kernels.cpu import CpuLinear, paged_attention, qk_norm_rope_write
 from pymllm_kernels.cpu_library import default_compiler, openmp_link_flags
-from pymllm_kernels.hugepages import empty_huge
 from pymllm_kernels.jit import load_shared_library
 
 ROTATED_BYTES = 96 << 20
@@ -116,7 +116,7 @@ def bench_linear(name: str, n: int, k: int, row_counts: list[int], rounds: int) 
     """One weight shape: ours, F.linear, and oneDNN with a prepacked weight."""
     copies = max(2, ROTATED_BYTES // (2 * n * k))
     weights = [torch.randn(n, k).to(torch.bfloat16) for _ in range(copies)]
-    buffer = empty_huge(copies * 2 * n * k, torch.uint8)
+    buffer = zeros_on_demand((copies * 2 * n * k,), torch.uint8)
     buffer.fill_(1)
     linear = CpuLinear()
     ours = [linear.pack(w) for w in weights]
@@ -157,10 +157,7 @@ def bench_attention(batch: int, queries: int, keys: int, rounds: int) -> None:
     pages = -(-keys // page)
     slots = batch * pages * page
     copies = max(2, ROTATED_BYTES // (4 * slots * kv_heads * dim))
-    caches = [
-        empty_huge(2 * slots * kv_heads * dim, torch.bfloat16).view(2, slots, kv_heads, dim).normal_()
-        for _ in range(copies)
-    ]
+    caches = [zeros_on_demand((2, slots, kv_heads, dim), torch.bfloat16).normal_() for _ in range(copies)]
     table = torch.randperm(batch * pages).to(torch.int32).view(batch, pages)
     q = torch.randn(batch * queries, heads, dim).to(torch.bfloat16)
     starts = torch.arange(0, batch * queries + 1, queries, dtype=torch.int32)

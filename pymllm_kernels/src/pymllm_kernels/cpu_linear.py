@@ -8,8 +8,8 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from pymllm_core.nn.memory import zeros_on_demand
 from pymllm_kernels.cpu_library import cpu_library
-from pymllm_kernels.hugepages import empty_huge
 
 _TILE = 32  # output columns in a weight tile, kTileCols in csrc/cpu/linear.h
 _ACTS: dict[str | None, int] = {None: 0, "silu_mul": 1}
@@ -103,7 +103,7 @@ class CpuLinear:
         n_out = n // 2 if act == "silu_mul" else n
         columns = _TILE // 2 if act == "silu_mul" else _TILE
         tiles = -(-n_out // columns)
-        packed = empty_huge(tiles * ((k + 1) // 2) * _TILE * 2, torch.bfloat16)
+        packed = zeros_on_demand((tiles * ((k + 1) // 2) * _TILE * 2,), torch.bfloat16)
         self._pack(
             weight.data_ptr(),
             weight.stride(0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -35,3 +36,8 @@ def check_safe(path: str, repo: str) -> str:
     if unsafe:
         raise CheckpointError(f"the hub lists the unsafe file name {path!r} for {repo}; nothing was fetched")
     return path
+
+
+def offline() -> bool:
+    """Whether the user forbade network access to the hubs."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}

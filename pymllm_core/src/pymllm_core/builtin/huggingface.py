@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymllm_core.builtin.hub_files import IGNORED_PATTERNS, allowed_patterns, check_safe
-from pymllm_core.builtin.sources import offline
+from pymllm_core.builtin.hub_files import IGNORED_PATTERNS, allowed_patterns, check_safe, offline
 from pymllm_core.errors import CheckpointError, ModelNotFoundError
 from pymllm_core.protocols.source import Progress, SourceOptions
 

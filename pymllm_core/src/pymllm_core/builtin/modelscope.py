@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymllm_core.builtin.hub_files import check_safe, is_wanted
-from pymllm_core.builtin.sources import offline
+from pymllm_core.builtin.hub_files import check_safe, is_wanted, offline
 from pymllm_core.errors import CheckpointError, ModelNotFoundError
 from pymllm_core.protocols.source import Progress, SourceOptions
 

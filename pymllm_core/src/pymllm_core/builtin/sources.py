@@ -114,11 +114,6 @@ def repository(name: str, prefix: str, *, bare: bool) -> tuple[str, str] | None:
     return repo, revision or _DEFAULT_REVISION[prefix]
 
 
-def offline() -> bool:
-    """Whether the user forbade network access to the hubs."""
-    return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}
-
-
 def modelscope_is_default() -> bool:
     """Whether names without a prefix go to ModelScope."""
     return os.environ.get(USE_MODELSCOPE, "").strip().lower() in {"1", "true", "yes", "on"}
