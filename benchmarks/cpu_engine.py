@@ -4,7 +4,7 @@ usage: python benchmarks/cpu_engine.py MODEL [--batch 1 8] [--prompt 512] [--dec
 
 MODEL is a folder (weights may be absent with --dummy). `pp` is the prefill of --prompt tokens, `tg` the
 decode of --decode tokens after --depth tokens; tokens per second, all sequences together, median of
---repeat runs. `python_ms` is the engine's own time of a decode step: everything outside the model.
+--repeat runs. `python_ms` is the engine's own time of a decode step: everything outside the model and the sampler.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ def main() -> None:
 
         return call
 
-    # All that is not the model's forward pass and head is the engine's own: scheduling, preparing tensors,
-    # sampling, committing, detokenising.
-    model = engine._runner._model
+    # What is neither the model's forward pass and head nor the sampler's products over the vocabulary is the
+    # engine's own: scheduling, preparing tensors, committing, detokenising.
+    model, sampler = engine._runner._model, engine._runner._sampler
     model.forward, model.logits = timed(model.forward), timed(model.logits)  # type: ignore[method-assign]
+    sampler.sample = timed(sampler.sample)  # type: ignore[method-assign]
     rng = random.Random(0)
 
     def generate(batch: int, depth: int, new: int) -> tuple[float, float, float]:
