@@ -216,6 +216,8 @@ class AsyncEngine:
         report(Progress("choosing plugins"))
         assembly = assemble(self._settings, progress=lambda *step: report(Progress(*step)), weights=True)
         self._plan = assembly.plan
+        for note in assembly.plan.notes:
+            logger.warning("%s", note)
         return build_engine(assembly, progress=report, cancel=self._cancel)
 
     def _serve(self, engine: Engine) -> None:
