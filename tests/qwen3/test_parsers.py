@@ -156,11 +156,9 @@ def test_continued_reasoning_keeps_its_newlines() -> None:
     assert run(parsers.Qwen3Reasoning(prompt_tail=tail), ["\n\n", "on\n</think>\ny"]) == ("\n\non", "y")
 
 
-def test_recorded_templates() -> None:
+def test_recorded_templates(shared_qwen: Path) -> None:
     """What Qwen3's own template renders is understood, where its fixtures are at hand."""
-    path = Path("/work/shared/qwen/fixtures/chat_qwen3.json")
-    if not path.exists():
-        pytest.skip("needs the shared fixtures")
+    path = shared_qwen / "fixtures" / "chat_qwen3.json"
     texts = [case["text"] for case in json.loads(path.read_text()) if "text" in case]
     seen = 0
     for text in texts:
