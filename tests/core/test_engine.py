@@ -610,3 +610,14 @@ def test_dummy_weights_need_a_config_alone(tmp_path: Path, toy: tuple[Any, Path]
         for s in (1, 1, 2)
     )
     assert first[0].logprobs == second[0].logprobs != other[0].logprobs
+
+
+def test_an_idle_engine_has_not_stalled_when_work_comes(toy: tuple[Any, Path]) -> None:
+    engine = make_engine(toy[1])
+    engine._last_step -= 1000.0
+    assert engine.stats().last_step_age_s >= 1000.0
+    engine.add(Request("a", (1, 2, 3), greedy(2)))
+    assert engine.stats().last_step_age_s < 100.0
+    engine._last_step -= 1000.0
+    engine.add(Request("b", (1, 2, 3), greedy(2)))
+    assert engine.stats().last_step_age_s >= 1000.0, "more work must not hide a stall"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -139,10 +140,13 @@ def test_loading_makes_no_second_copy(tmp_path: Path, folder: Path, load_format:
         text=True,
         check=True,
         timeout=120,
+        # A fixed threshold: else glibc learns from what is freed to keep tens of megabytes of temporaries.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
     )
     peak, after, weights = map(int, done.stdout.split())
     assert weights > 100e6
     largest = 2 * 2560 * 640 * 4
-    assert peak < weights + 2 * largest + 20e6
-    # What the allocator keeps of temporaries is far from a second copy of anything but the smallest nodes.
-    assert after < weights + 40e6
+    # Random numbers are made in a block of float32 beside the tensor that they fill.
+    block = 4 * DummyReader.BLOCK if load_format == "dummy" else 0
+    assert peak < weights + 2 * largest + block + 20e6 < 2 * weights
+    assert after < weights + 20e6

@@ -16,7 +16,7 @@ from pymllm_core.engine.build import assemble, build_engine
 from pymllm_core.engine.processor import Processor
 from pymllm_core.engine.status import EngineStats, Progress, ProgressCallback
 from pymllm_core.errors import EngineError, RequestError
-from pymllm_core.output import Completion, Delta, TokenLogprob
+from pymllm_core.output import Completion, Delta
 from pymllm_core.plan import Plan
 from pymllm_core.request import Request, SamplingParams
 
@@ -242,7 +242,7 @@ class LLM:
                     advance()
         finally:
             done()
-        return [_join(parts[request.id]) for request in requests]
+        return [Completion.join(parts[request.id]) for request in requests]
 
 
 def _nothing() -> None:
@@ -258,19 +258,3 @@ def _bar(total: int) -> tuple[Callable[[], None], Callable[[], None]]:
     task = bar.add_task("generating", total=total)
     bar.start()
     return (lambda: bar.advance(task)), bar.stop
-
-
-def _join(deltas: list[Delta]) -> Completion:
-    last = deltas[-1]
-    assert last.finish_reason is not None
-    logprobs: list[TokenLogprob] = [entry for delta in deltas for entry in delta.logprobs or ()]
-    return Completion(
-        request_id=last.request_id,
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-        matched_stop=last.matched_stop,
-        logprobs=tuple(logprobs) if last.logprobs is not None else None,
-        timings=last.timings,
-    )

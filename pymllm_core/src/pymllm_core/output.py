@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,3 +70,21 @@ class Completion:
     matched_stop: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     timings: Timings | None = None
+
+    @classmethod
+    def join(cls, deltas: Sequence[Delta]) -> Completion:
+        """All deltas of one request, of which the last has a finish reason."""
+        last = deltas[-1]
+        assert last.finish_reason is not None
+        return cls(
+            request_id=last.request_id,
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            finish_reason=last.finish_reason,
+            usage=last.usage,
+            matched_stop=last.matched_stop,
+            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs or ())
+            if last.logprobs is not None
+            else None,
+            timings=last.timings,
+        )

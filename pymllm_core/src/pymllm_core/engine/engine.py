@@ -110,6 +110,9 @@ class Engine:
             seed=self._seed(request),
             detokenizer=self.processor.detokenizer(request.params),
         )
+        if not self.has_work:
+            # An idle engine has not stalled: its next step is due from now on.
+            self._last_step = time.monotonic()
         self.scheduler.add(sequence)
         self._outputs[request.id] = _Output(sequence)
 

@@ -220,13 +220,11 @@ def load_tokenizer(folder: Path, settings: ServerSettings) -> PreTrainedTokenize
 
 @functools.cache
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them.
+    """The character that stands for each byte in a byte-level vocabulary."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    Printable Latin-1 characters stand for themselves, the other bytes for 256 onwards (openai/gpt-2, encoder.py).
-    """
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in kept]
-    return {chr(byte): byte for byte in kept} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    characters = bytes_to_unicode()  # type: ignore[no-untyped-call, unused-ignore]
+    return {character: byte for byte, character in characters.items()}
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase | None) -> bool:

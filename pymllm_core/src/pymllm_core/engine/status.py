@@ -33,6 +33,7 @@ class EngineStats:
     """Counters since the start, and what holds now. Pages kept by the cache count as used.
 
     prompt_tokens: of all prompts that were read to their end; cache_hit_tokens of them came from the cache.
+    last_step_age_s: since the last step, or since work came to an idle engine.
     """
 
     running: int = 0

@@ -73,19 +73,7 @@ def complete(
 def join(deltas: list[Delta]) -> Completion:
     """The deltas of one request as one answer; checks the rules of a stream of deltas."""
     assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
-    last = deltas[-1]
-    assert last.finish_reason is not None
-    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-    return Completion(
-        request_id=last.request_id,
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-        matched_stop=last.matched_stop,
-        logprobs=tuple(logprobs) if last.logprobs is not None else None,
-        timings=last.timings,
-    )
+    return Completion.join(deltas)
 
 
 def check_idle(engine: Engine) -> None:
