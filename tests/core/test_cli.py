@@ -143,7 +143,7 @@ def pymllm(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def test_plugins_is_quick_and_imports_no_torch() -> None:
     code = "import sys; from pymllm_core import cli; cli.run(['plugins']); print('torch' in sys.modules)"
     times = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         times.append(time.perf_counter() - start)
@@ -152,7 +152,7 @@ def test_plugins_is_quick_and_imports_no_torch() -> None:
     assert "  commands: plugins, plan, doctor, generate, chat, version" in lines
     assert lines[-1] == "False"
     # 0.2 s alone on the machine; the bound leaves room for what else runs there.
-    assert min(times) < 1.0
+    assert min(times) < 0.5
 
 
 @pytest.mark.parametrize(
