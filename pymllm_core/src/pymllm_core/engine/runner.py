@@ -132,6 +132,7 @@ class Runner:
         self, config: RunnerConfig, shape: ModelShape, model: Model, attention: AttentionBackend
     ) -> None:
         self.config = config
+        self.captures_graphs = False  # every step is launched operator by operator
         self._model = model
         self._attention = attention
         self._sampler = Sampler(min(config.vocab_size, shape.vocab_size), config.max_rows, config.device)

@@ -61,6 +61,7 @@ class Builder:
         self.max_positions = max_positions
         self.nodes: list[Node] = []
         self.ignored: set[str] = set()
+        self.head: Linear | None = None
         self._kernel = kernel
         self._quant = quant
         self._stored = stored
@@ -105,7 +106,8 @@ class Builder:
             self.ignored.add(f"{name}.weight")
             name, module = embedding.name, "Embedding"
         part = LinearPart(name, embedding.vocab_size)
-        return self._add(self._make(LinearLayer((part,), embedding.hidden_size, module=module)))
+        self.head = self._add(self._make(LinearLayer((part,), embedding.hidden_size, module=module)))
+        return self.head
 
     def _make(self, layer: LinearLayer) -> Linear:
         scheme = self._scheme(layer) or DenseScheme(layer, self.dtype)
