@@ -112,6 +112,7 @@ def assemble(
         kernel=kernels,
         quant=quant,
         stored=None if quant is None or server.load_format == "dummy" else stored_tensors(folder),
+        int8_head=settings.quantization.lm_head == "int8",
     )
     model = model_class(config, builder)
     kv_dtype = choose_kv_dtype(settings, dtype)
