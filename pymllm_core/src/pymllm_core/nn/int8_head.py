@@ -14,8 +14,9 @@ from pymllm_core.protocols.quant import LinearLayer, Reader, WeightSlot
 class Int8HeadScheme:
     """The `LinearScheme` that reads a weight in full precision and serves it as ``w8a16_linear``.
 
-    Each row has one scale, its largest absolute value / 127, and a weight is off by half of it at most. A head of 151,936 rows is a quarter of the bytes that Qwen3-0.6B reads for
-    a token; this halves it, as llama.cpp's quantised files do with theirs.
+    Each row has one scale, its largest absolute value / 127, and a weight is off by half of it at most. A head
+    of 151,936 rows is a quarter of the bytes that Qwen3-0.6B reads for a token; this halves it, as llama.cpp's
+    quantised files do with theirs.
     """
 
     name = "int8 head"
