@@ -45,5 +45,22 @@ def pymllm_attention_backends() -> list[AttentionBackendSpec]:
             implementation="pymllm_kernels.cpu_nodes:CpuAttention",
             needs=_AVX512_BF16,
             priority=100,
-        )
+        ),
+        AttentionBackendSpec(
+            name="flashinfer",
+            implementation="pymllm_kernels.flashinfer_attention:FlashInferAttention",
+            needs=Needs(
+                devices=("cuda",),
+                capability_min=(8, 0),
+                dtypes=("bfloat16", "float16"),
+                modules={"flashinfer": "flashinfer-python", "tvm_ffi": "apache-tvm-ffi"},
+                # It compiles its kernels at their first use.
+                programs=(("nvcc",), ("ninja",)),
+                shape={
+                    "head_dim": ShapeRule(one_of=(64, 128, 256)),
+                    "same_kv_dtype": ShapeRule(one_of=(1,)),
+                },
+            ),
+            priority=50,
+        ),
     ]
