@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @contextmanager
 def loaded(settings: Settings) -> Iterator[Any]:
     """The model, loaded; while it loads, a person sees how far it is."""
-    with _loading_bar(settings.server.model_path) as progress:
+    with loading_bar(settings.server.model_path) as progress:
         from pymllm_core import LLM  # brings torch along
 
         llm = LLM.from_settings(settings, progress=progress)
@@ -38,7 +38,7 @@ def loaded(settings: Settings) -> Iterator[Any]:
 
 
 @contextmanager
-def _loading_bar(model: str) -> Iterator[Callable[[LoadProgress], None] | None]:
+def loading_bar(model: str) -> Iterator[Callable[[LoadProgress], None] | None]:
     """A bar on stderr that goes away at the end; None where nobody looks at it."""
     if not is_terminal(sys.stderr):
         yield None

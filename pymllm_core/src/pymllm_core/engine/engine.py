@@ -67,6 +67,11 @@ class Engine:
         self._seed_counter = 0
 
     @property
+    def runner(self) -> Runner:
+        """What computes batches. A benchmark may give it batches of its own while the engine has no work."""
+        return self._runner
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._in_flight is not None
 
