@@ -16,7 +16,6 @@ from pymllm_kernels.cpu_linear import CpuLinear
 from pymllm_kernels.cpu_tiles import PackedLinear, TiledLinear
 from pymllm_kernels.cpu_w8a8 import CpuW8A8Linear
 
-
 KernelT = TypeVar("KernelT", bound=TiledLinear)
 
 
