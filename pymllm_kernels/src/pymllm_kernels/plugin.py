@@ -1,4 +1,4 @@
-"""Registers the CPU kernels."""
+"""Registers the CPU kernels and the Triton kernels for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ _AVX512_BF16 = Needs(
     programs=(("g++", "c++", "clang++"),),
     shape={"head_dim": ShapeRule(multiple_of=2), "same_kv_dtype": ShapeRule(one_of=(1,))},
 )
+
+
+def _triton(**shape: ShapeRule) -> Needs:
+    """What every Triton kernel needs, and the shapes that this one takes."""
+    return Needs(
+        devices=("cuda",),
+        capability_min=(8, 0),
+        dtypes=("bfloat16", "float16"),
+        modules={"triton": "triton"},
+        shape=shape,
+    )
 
 
 @hookimpl
@@ -34,6 +45,28 @@ def pymllm_kernels() -> list[KernelSpec]:
             needs=_AVX512_BF16,
             priority=100,
         ),
+        *_triton_kernels(),
+    ]
+
+
+def _triton_kernels() -> list[KernelSpec]:
+    nodes = "pymllm_kernels.triton"
+    return [
+        KernelSpec(
+            operation=operation,
+            name="triton",
+            implementation=f"{nodes}.{implementation}",
+            needs=needs,
+            priority=100,
+        )
+        for operation, implementation, needs in (
+            ("linear", "linear:TritonLinear", _triton()),
+            (
+                "attention_prep",
+                "attention_prep:TritonAttentionPrep",
+                _triton(head_dim=ShapeRule(multiple_of=2)),
+            ),
+        )
     ]
 
 
@@ -45,5 +78,11 @@ def pymllm_attention_backends() -> list[AttentionBackendSpec]:
             implementation="pymllm_kernels.cpu_nodes:CpuAttention",
             needs=_AVX512_BF16,
             priority=100,
-        )
+        ),
+        AttentionBackendSpec(
+            name="triton",
+            implementation="pymllm_kernels.triton.attention:TritonAttention",
+            needs=_triton(head_dim=ShapeRule(one_of=(16, 32, 64, 128, 256))),
+            priority=100,
+        ),
     ]
