@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pymllm_core.commands.base import SettingsCommand, settings_of, spread
+from pymllm_core.commands.base import SettingsCommand, progress_bar, settings_of, spread
 from pymllm_core.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -157,9 +157,8 @@ def _options(flags: dict[str, Any]) -> Options:
 
 def _measure(settings: Settings, options: Options, plot: Path | None) -> None:
     from pymllm_core.bench.one_batch import OneBatch
-    from pymllm_core.commands.generate import loading_bar
 
-    with loading_bar(settings.server.model_path) as progress:
+    with progress_bar(f"starting {settings.server.model_path}") as progress:
         bench = OneBatch(settings, options, progress or (lambda _: None))
     plan = bench.plan
     click.echo(
@@ -219,14 +218,13 @@ def _line(row: dict[str, Any]) -> str:
 def _correct(settings: Settings, options: Options, prompt: str | None) -> None:
     from pymllm_core.bench.correctness import PROMPTS, answers
     from pymllm_core.bench.one_batch import fit, sweep
-    from pymllm_core.commands.generate import loading_bar
     from pymllm_core.engine.build import assemble, build_engine
 
     prompts = PROMPTS if prompt is None else (prompt,)
     output_len = options.sizes[0].output_len
     # As many prompts as there are, which are longer than a token each and shorter than 1024.
     settings = fit(settings, sweep([len(prompts)], [1024], [output_len]))
-    with loading_bar(settings.server.model_path) as progress:
+    with progress_bar(f"starting {settings.server.model_path}") as progress:
         engine = build_engine(assemble(settings, weights=True), progress=progress or (lambda _: None))
     found = answers(engine, prompts, output_len)
     for answer in found:
