@@ -301,8 +301,8 @@ def test_times_are_those_of_the_server(server: Server) -> None:
     for found in ask(server, Ask(workload.COMPLETIONS, {"prompt": [1, 2, 3]}), chat):
         assert found.error is None
         assert len(found.pieces) == PIECES  # the chat's empty first delta is none
-        assert FIRST - 0.002 <= found.ttft < FIRST + 0.5
-        assert (PIECES - 1) * GAP - 0.005 <= sum(found.gaps) < (PIECES - 1) * GAP + 0.5
+        assert FIRST - 0.002 <= found.ttft < FIRST + 5
+        assert (PIECES - 1) * GAP - 0.005 <= sum(found.gaps) < (PIECES - 1) * GAP + 5
         assert found.tpot == pytest.approx(sum(found.gaps) / (PIECES - 1))
         assert found.e2e >= found.ttft + sum(found.gaps)
         assert found.output_tokens == PIECES
