@@ -31,7 +31,7 @@ class OneBatchCommand(SettingsCommand):
         return super().parse_args(ctx, spread(args, _VALUES))
 
 
-@click.command("one-batch", cls=OneBatchCommand)
+@click.command("one-batch", cls=OneBatchCommand, short_help="a static batch in this process")
 @click.argument("model", required=False)
 @click.option("--run-name", default="default", show_default=True, help="Names the run in its rows.")
 @click.option("--batch-size", type=_positive, multiple=True, default=(1,), help="Sequences. [default: 1]")

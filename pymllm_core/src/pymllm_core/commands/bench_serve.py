@@ -38,7 +38,7 @@ class ServeCommand(click.Command):
         return super().parse_args(ctx, spread(args, _VALUES))
 
 
-@click.command("serve", cls=ServeCommand)
+@click.command("serve", cls=ServeCommand, short_help="a running server under load")
 @click.option("--url", default="http://127.0.0.1:30000", show_default=True, help="The server.")
 @click.option("--model", help="Its name there. [default: the first of /v1/models]")
 @click.option("--api-key", envvar="PYMLLM_API_KEY", help="Bearer token. [env: PYMLLM_API_KEY]")
@@ -66,7 +66,9 @@ class ServeCommand(click.Command):
     "--slo", multiple=True, help="Limits in ms that make a request good: ttft:200 itl:50 tpot: e2e:"
 )
 @click.option("--extra-body", default="{}", help="JSON object that goes into every request.")
-@click.option("--timeout", type=click.FloatRange(min=1), default=600.0, show_default=True, help="Seconds.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=1), default=600.0, show_default=True, help="Seconds without news."
+)
 @click.option("--seed", type=int, default=42, show_default=True, help="Of prompts, lengths and arrivals.")
 @click.option("--run-name", default="default", show_default=True, help="Names the run in its rows.")
 @click.option(
