@@ -251,6 +251,7 @@ def build_engine(
                 device=device,
                 overlap=overlap,
                 graph_sizes=_graph_sizes(plan, attention),
+                graph_pieces=plan.device.type == "cuda" and not server.disable_cuda_graph,
             ),
             shape,
             assembly.model,
