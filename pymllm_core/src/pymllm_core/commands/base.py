@@ -85,6 +85,18 @@ def console(stream: TextIO | None = None) -> Console:
     )
 
 
+def new_table(*headers: str) -> Any:
+    """An empty table in the style of all commands."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in headers:
+        # Reasons wrap; names must stay whole to be copied.
+        table.add_column(header, overflow="fold")
+    return table
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))

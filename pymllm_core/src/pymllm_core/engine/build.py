@@ -16,6 +16,7 @@ from pymllm_core.config import Settings
 from pymllm_core.device import describe_device
 from pymllm_core.engine.checkpoint import Checkpoint
 from pymllm_core.engine.choices import (
+    attention_want,
     choose_attention,
     choose_kv_dtype,
     choose_parser,
@@ -90,7 +91,7 @@ def assemble(
     dtype, shape, builder = graph.dtype, graph.shape, graph.builder
     want = Want(device, dtype)
     kv_dtype = choose_kv_dtype(settings, dtype)
-    attention = choose_attention(registry, device, settings, shape, dtype, kv_dtype)
+    attention = choose_attention(registry, attention_want(device, settings, shape, dtype, kv_dtype), settings)
     cache = choose(
         registry,
         CachePolicySpec,

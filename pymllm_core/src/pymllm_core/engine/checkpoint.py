@@ -14,8 +14,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pymllm_core.engine.headers import StoredTensor, scan
+from pymllm_core.engine.headers import scan
 from pymllm_core.errors import CheckpointError
+from pymllm_core.protocols.lint import StoredTensor
 from pymllm_core.protocols.quant import WeightSlot
 
 

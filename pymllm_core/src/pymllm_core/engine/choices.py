@@ -136,20 +136,25 @@ def stored_tensors(folder: Path) -> Stored | None:
     return None if found.problems else {name: tensor.shape for name, tensor in found.tensors.items()}
 
 
-def choose_attention(
-    registry: Registry, device: DeviceInfo, settings: Settings, shape: ModelShape, dtype: str, kv_dtype: str
-) -> Choice[AttentionBackendSpec]:
-    """The attention backend. Raises SelectionError where none fits the model, the device and the cache."""
+def attention_want(
+    device: DeviceInfo, settings: Settings, shape: ModelShape, dtype: str, kv_dtype: str
+) -> Want:
+    """The situation that an attention backend is chosen for."""
     situation = {
         "head_dim": shape.head_dim,
         "group": shape.num_heads // shape.num_kv_heads,
         "page_size": settings.server.radix_cache_page_size,
         "same_kv_dtype": int(kv_dtype == dtype),
     }
+    return Want(device, dtype, situation)
+
+
+def choose_attention(registry: Registry, want: Want, settings: Settings) -> Choice[AttentionBackendSpec]:
+    """The attention backend. Raises SelectionError where none fits the model, the device and the cache."""
     return choose(
         registry,
         AttentionBackendSpec,
-        Want(device, dtype, situation),
+        want,
         what="attention backend",
         explicit=settings.server.attention_backend,
     )

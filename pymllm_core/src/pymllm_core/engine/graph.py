@@ -42,6 +42,16 @@ class Graph:
     model: Model
 
 
+def choose_model(
+    registry: Registry, want: Want, config: Mapping[str, Any], folder: Path
+) -> Choice[ModelSpec]:
+    """The model of the architecture that config.json names. Raises SelectionError listing those there are."""
+    architecture = architecture_of(config, folder)
+    return choose(
+        registry, ModelSpec, want, what="model architecture", explicit=architecture, asked_by="config.json"
+    )
+
+
 def make_graph(
     settings: Settings,
     registry: Registry,
@@ -60,10 +70,7 @@ def make_graph(
     """
     dtype = compute_dtype(settings, config, device)
     want = Want(device, dtype)
-    architecture = architecture_of(config, folder)
-    choice = choose(
-        registry, ModelSpec, want, what="model architecture", explicit=architecture, asked_by="config.json"
-    )
+    choice = choose_model(registry, want, config, folder)
     model_class: type[Model] = choice.spec.load()
     shape = model_class.shape(config)
     context = choose_context_length(settings, shape)

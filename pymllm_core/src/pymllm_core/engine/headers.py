@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from pymllm_core.errors import CheckpointError
+from pymllm_core.protocols.lint import StoredTensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -48,19 +49,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor as its file's header describes it. dtype: the format's name, e.g. ``BF16``."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Problem:
-    """Something for which the weights cannot be loaded. file: the name of the file that is at fault."""
+    """Something for which the weights cannot be loaded.
 
+    code: its kind, for scripts. file: the name of the file that is at fault, "" for the folder.
+    """
+
+    code: str
     file: str
     message: str
 
@@ -84,11 +79,12 @@ def scan(folder: Path) -> Scan:
     for file in files:
         found, wrong = read_header(file)
         if wrong is not None:
-            problems.append(Problem(file.name, wrong))
+            problems.append(Problem("damaged-file", file.name, wrong))
         for name, tensor in found.items():
             if name in tensors:
                 both = f"{tensors[name].file.name} and {file.name}"
-                problems.append(Problem(file.name, f"tensor {name!r} is stored twice, in {both}"))
+                message = f"tensor {name!r} is stored twice, in {both}"
+                problems.append(Problem("duplicate-tensor", file.name, message))
             else:
                 tensors[name] = tensor
     return Scan(files, tensors, problems)
@@ -101,20 +97,21 @@ def weight_files(folder: Path) -> tuple[list[Path], list[Problem]]:
         try:
             weight_map = read_json(index).get("weight_map")
         except CheckpointError as error:
-            return [], [Problem(INDEX_NAME, str(error))]
+            return [], [Problem("bad-index", INDEX_NAME, str(error))]
         if not isinstance(weight_map, Mapping) or not weight_map:
-            return [], [Problem(INDEX_NAME, f"{index} has no weight_map")]
+            return [], [Problem("bad-index", INDEX_NAME, f"{index} has no weight_map")]
         names = sorted({str(value) for value in weight_map.values()})
         # A hostile index must not point outside the folder.
         outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         problems = [
-            Problem(INDEX_NAME, f"{index} names {name!r}, which is no file of the folder") for name in outside
+            Problem("bad-index", INDEX_NAME, f"{index} names {name!r}, which is no file of the folder")
+            for name in outside
         ]
         inside = [name for name in names if name not in outside]
         missing = [name for name in inside if not (folder / name).is_file()]
         if missing:
             message = f"{folder} lacks {', '.join(missing)}, which {INDEX_NAME} names"
-            problems.append(Problem(INDEX_NAME, message))
+            problems.append(Problem("missing-file", INDEX_NAME, message))
         return [folder / name for name in inside if name not in missing], problems
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME], []
@@ -123,7 +120,7 @@ def weight_files(folder: Path) -> tuple[list[Path], list[Problem]]:
         return files, []
     other = sorted(path.name for path in folder.glob("*.bin"))
     hint = f" ({', '.join(other)} are pickles, which are never loaded; convert them)" if other else ""
-    return [], [Problem("", f"{folder} holds no .safetensors file{hint}")]
+    return [], [Problem("no-weights", "", f"{folder} holds no .safetensors file{hint}")]
 
 
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], str | None]:
