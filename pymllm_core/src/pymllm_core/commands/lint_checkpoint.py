@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -73,7 +74,16 @@ def command(
 
     options = SourceOptions(download_dir=settings.server.download_dir, weights=download)
     folder = resolve_model(model, registry(), options)
-    report = lint(settings, folder, target, registry(), imagined=arch is not None, bandwidth=bandwidth)
+    report = lint(
+        settings,
+        folder,
+        target,
+        registry(),
+        imagined=arch is not None,
+        bandwidth=bandwidth,
+        # A hub's model whose weights were not asked for is no broken one.
+        weights=download or Path(model).expanduser().is_dir(),
+    )
     if as_json:
         print_json(report.to_json())
     else:
@@ -156,9 +166,9 @@ def _finding(finding: Finding) -> Text:
 
     names = shorten(finding.where)
     where = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-    text = Text.assemble(
-        (f"{finding.severity}: ", _STYLES[finding.severity]), (printable(where), "bold"), ": "
-    )
+    text = Text(f"{finding.severity}: ", style=_STYLES[finding.severity])
+    if where not in finding.message:
+        text.append(printable(where), style="bold").append(": ", style="not bold")
     text.append("\n  ".join(printable(line) for line in finding.message.splitlines()))
     if finding.advice:
         text.append(f"\n  → {printable(finding.advice)}", style="yellow")

@@ -17,8 +17,15 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _AGAIN = "download or write it again"
 
 
-def file_findings(folder: Path, scan: Scan) -> Iterator[Finding]:
-    """Errors are those for which loading would stop; the rest is what loading does not look at."""
+def file_findings(folder: Path, scan: Scan, *, weights: bool) -> Iterator[Finding]:
+    """Errors are those for which loading would stop; the rest is what loading does not look at.
+
+    weights False: they were not fetched, so it is no error that none are there.
+    """
+    if not (weights or scan.files) and all(p.code in ("no-weights", "missing-file") for p in scan.problems):
+        message = "the weights are not here, so only config.json was looked at"
+        yield Finding("note", "weights-not-here", (str(folder),), message, "--download fetches them")
+        return
     for problem in scan.problems:
         where = (problem.file or str(folder),)
         advice = "" if problem.message.endswith("again") else _ADVICE.get(problem.code, "")

@@ -86,14 +86,16 @@ def lint(
     *,
     imagined: bool = False,
     bandwidth: float | None = None,
+    weights: bool = True,
 ) -> Report:
     """Check the checkpoint in `folder` for `device`. What is wrong with it becomes a finding, never an error.
 
     imagined: the device is not there, so kernels are not imported, and packages are judged by this machine.
-    bandwidth: of the device's memory in GB/s, for the least time of a token.
+    bandwidth: of the device's memory in GB/s, for the least time of a token. weights False: that no weights
+    are there is no error.
     """
     found = scan(folder)
-    findings = list(file_findings(folder, found))
+    findings = list(file_findings(folder, found, weights=weights))
     chosen = _Chosen(findings)
     try:
         config = read_json(folder / "config.json")
@@ -102,7 +104,9 @@ def lint(
     else:
         stored = {name: tensor.shape for name, tensor in found.tensors.items()} or None
         chosen.choose(settings, registry, device, folder, config, stored)
-        findings += _quantisation(registry, config, found, chosen.graph)
+        known = list(_quantisation(registry, config, found, chosen.graph))
+        said = {finding.message for finding in known}
+        findings = [*(finding for finding in findings if finding.message not in said), *known]
     graph = chosen.graph
     if graph is not None:
         findings += _of_graph(graph, found, findings, imagined=imagined)
