@@ -18,6 +18,7 @@ from pymllm_quant_ct.match import Matcher
 
 _ROUTER = re.compile(r"(.*\.)?(mlp|block_sparse_moe)\.gate")
 _KV_SCALE = re.compile(r".*\.(k_scale|v_scale|[kv]_proj\.output_scale)")
+_WHOLE = "take the whole checkpoint, or write it again"
 _FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up|down)_proj_(packed|scale|shape|zero_point)")
 
 
@@ -88,7 +89,7 @@ def _by_names(modules: Mapping[str, Module], tensors: Mapping[str, StoredTensor]
     quantised = {name: module for name, module in modules.items() if module.quantised}
     # compressed-tensors#733: with transformers 5 routers slipped through `ignore`.
     if routers := tuple(name for name in quantised if _ROUTER.fullmatch(name)):
-        message = "the router, which chooses the experts, is quantised; quantisers do that by mistake, and no engine expects it"
+        message = "the router, which chooses the experts, is quantised; quantisers do that by mistake"
         advice = "quantise again with the routers in `ignore` (re:.*mlp.gate$)"
         yield Finding("warning", "router-quantised", routers, message, advice)
     # llm-compressor#2939
@@ -106,11 +107,8 @@ def _by_names(modules: Mapping[str, Module], tensors: Mapping[str, StoredTensor]
     for module in quantised.values():
         kinds = module.stored
         if not kinds.keys() & {"weight_packed", "weight"}:
-            names = tuple(f"{module.name}.{kind}" for kind in kinds)
-            message = "scales are stored, and the weight that they belong to is not"
-            yield Finding(
-                "error", "scale-without-weight", (module.name, *names), message, "take the whole checkpoint"
-            )
+            message = f"{', '.join(sorted(kinds))}: stored, but the weight that they belong to is not"
+            yield Finding("error", "scale-without-weight", (module.name,), message, _WHOLE)
         elif "weight_scale" not in kinds:
             message = "packed codes are stored without weight_scale"
             yield Finding(

@@ -57,7 +57,8 @@ def _against_config(module: Module, entry: Entry | None, group: Group | None) ->
     """Whether the config says of the module that it is quantised, and whether it is."""
     where = (module.name,)
     visual = _VISUAL.fullmatch(module.name) is not None
-    # llm-compressor#1766 and #2641, answers of "!!!!": names moved from `visual.` to `model.visual.`, and `ignore` missed them.
+    # llm-compressor#1766 and #2641 (answers of "!!!!"): names moved from `visual.` to `model.visual.`, and
+    # `ignore` missed them.
     other = entry is not None and entry.rank([module.name], module.kind) is None
     if module.quantised and entry is not None:
         if other:

@@ -17,11 +17,7 @@ def refusal_findings(builder: LintBuilder) -> Iterator[Finding]:
     """An error for each refused layer; those of which the same is said come together."""
     for layer, message in builder.refused.items():
         first, names = layer.parts[0].name, tuple(part.name for part in layer.parts)
-        yield Finding("error", "layer-refused", names, message.replace(first, f"such a {_kind(first)}"))
-
-
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
+        yield Finding("error", "layer-refused", names, message.replace(first, first.rpartition(".")[2]))
 
 
 def kernel_findings(builder: LintBuilder, kernels: ChosenKernels, *, load: bool) -> Iterator[Finding]:
