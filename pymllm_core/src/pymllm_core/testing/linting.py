@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,18 @@ from pymllm_core.testing.engines import TOY, registry_of
 WEIGHTS = "model.safetensors"
 
 
-def check(folder: Path, *plugins: str, arch: str | None = None, **fields: Any) -> Report:
-    """The report on `folder`; the toy model's plugin if nothing else is said. fields: of `lint` or settings."""
+def check(
+    folder: Path, *plugins: str, arch: str | None = None, cpu: Iterable[str] | None = None, **fields: Any
+) -> Report:
+    """The report on `folder`; the toy model's plugin if nothing else is said.
+
+    arch: an imagined CUDA device. cpu: features of an imagined CPU. fields: of `lint` or settings.
+    """
     options = {name: fields.pop(name) for name in ("bandwidth", "weights") if name in fields}
     settings = Settings.of(str(folder), **{"dtype": "auto", **fields})
     device = describe_cpu() if arch is None else imagined_device(arch)
+    if cpu is not None:
+        device = dataclasses.replace(device, cpu_flags=frozenset(cpu))
     found = registry_of(*(plugins or (TOY,)))
     return lint(settings, folder, device, found, imagined=arch is not None, **options)
 
