@@ -141,6 +141,13 @@ B = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
         ({"a": GOOD, "b": {**B, "data_offsets": [12, 20]}}, 20, r"tensor 'b' leaves a hole before it"),
         ({"a": {**GOOD, "shape": [3]}}, 8, r"tensor 'a', F32 \[3\], cannot have 8 bytes"),
         ({"a": {**GOOD, "shape": [2**40, 2**40]}}, 8, r"cannot have 8 bytes"),
+        ({"a": {**GOOD, "shape": [-1, -2]}}, 8, "tensor 'a' lacks a dtype, a shape or two data_offsets"),
+        (
+            {"a": {**GOOD, "shape": [0, 2**64], "data_offsets": [0, 0]}},
+            0,
+            "tensor 'a' lacks a dtype, a shape",
+        ),
+        ({"a": {**GOOD, "shape": [True, 2]}}, 8, "tensor 'a' lacks a dtype, a shape"),
         ({"a": {**GOOD, "shape": [-2]}}, 8, "tensor 'a' lacks a dtype, a shape or two data_offsets"),
         ({"a": {**GOOD, "dtype": "F33"}}, 8, "tensor 'a' has the unknown dtype 'F33'"),
         ({"a": 3}, 8, "tensor 'a' lacks a dtype"),

@@ -150,7 +150,7 @@ def _render_rows(report: Report, out: Console) -> None:
         if len(row.names) > SHOWN:
             names += f" and {len(row.names) - SHOWN} more"
         if known:
-            size = f"{row.rows} x {row.columns}"
+            size = "" if row.rows is None else f"{row.rows} x {row.columns}"
             shown.add_row(names, size, row.format, row.operation, row.kernel or "")
         else:
             shown.add_row(names, printable(row.format))

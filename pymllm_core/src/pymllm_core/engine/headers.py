@@ -216,5 +216,5 @@ def _entry(name: str, entry: Any, file: Path) -> tuple[StoredTensor, int]:
 def _sizes(value: Any) -> TypeGuard[list[int]]:
     """Whether a list of integers that a size can have."""
     return isinstance(value, list) and all(
-        isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 1 << 63 for size in value
+        isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 1 << 64 for size in value
     )

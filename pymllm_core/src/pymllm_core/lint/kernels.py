@@ -22,7 +22,7 @@ def refusal_findings(builder: LintBuilder) -> Iterator[Finding]:
 
 def kernel_findings(builder: LintBuilder, kernels: ChosenKernels, *, load: bool) -> Iterator[Finding]:
     """load: import the chosen kernels, which only their own device can be expected to allow."""
-    for operation, message in dict(kernels.refused).items():
+    for operation, message in dict.fromkeys(kernels.refused):
         yield Finding("error", "no-kernel", (operation,), message)
     if load:
         for choice in {choice.spec.key: choice for choice in kernels.choices.values()}.values():

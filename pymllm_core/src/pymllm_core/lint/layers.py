@@ -11,6 +11,7 @@ import torch
 from pymllm_core.device import DeviceInfo
 from pymllm_core.engine.choices import Kernels
 from pymllm_core.errors import PymllmError
+from pymllm_core.nn.attention import Attention
 from pymllm_core.nn.builder import Builder
 from pymllm_core.nn.embedding import Embedding, QuantisedEmbedding
 from pymllm_core.nn.linear import Linear
@@ -78,6 +79,7 @@ class LintBuilder(Builder):
         self.rows: list[LayerRow] = []
         self.split: list[LinearLayer] = []
         self.refused: dict[LinearLayer, str] = {}
+        self.attentions: list[int] = []
 
     def linear(self, *args: Any, **fields: Any) -> Linear | SplitLinear:
         made = super().linear(*args, **fields)
@@ -97,6 +99,10 @@ class LintBuilder(Builder):
         scheme = made.scheme if isinstance(made, QuantisedEmbedding) else None
         self._note(layer, scheme, LOOKUP, None, made.slots())
         return made
+
+    def attention(self, layer: int, **fields: Any) -> Attention:
+        self.attentions.append(layer)
+        return super().attention(layer, **fields)
 
     def _scheme(self, layer: LinearLayer) -> LinearScheme | None:
         try:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pymllm_core.engine.graph import Graph
-from pymllm_core.lint.layers import LayerRow, LintBuilder
-from pymllm_core.lint.names import collapse
+from pymllm_core.lint.layers import ChosenKernels, LayerRow, LintBuilder
+from pymllm_core.lint.names import collapse, ranges
+from pymllm_core.nn import ops
 from pymllm_core.protocols.lint import StoredTensor
 from pymllm_core.protocols.quant import LinearLayer
 
@@ -17,7 +18,7 @@ from pymllm_core.protocols.quant import LinearLayer
 class Row:
     """Like layers. names: as in `names.collapse`, fused parts in one. count: how many layers.
 
-    rows, columns: N and K of one layer's weight; None for stored tensors of which no graph is known.
+    rows, columns: N and K of one layer's weight; None for attention, and where no graph is known.
     kernel: with its distribution; None for look-ups and where nothing serves it.
     """
 
@@ -57,6 +58,18 @@ def graph_rows(graph: Graph) -> list[Row]:
                 sum(slot.num_bytes for row in same for slot in row.slots),
             )
         )
+    return rows + _attention(graph, builder)
+
+
+def _attention(graph: Graph, builder: LintBuilder) -> list[Row]:
+    """What stands between the projections: one row, it has no weights of its own but norms."""
+    rows = []
+    for operation, shape in graph.kernels.asked if isinstance(graph.kernels, ChosenKernels) else ():
+        if operation == ops.ATTENTION_PREP:
+            choice = graph.kernels(operation, shape).choice
+            kernel = None if choice is None else f"{choice.spec.name} ({choice.distribution})"
+            names = (f"attention of layers {ranges(builder.attentions)}",)
+            rows.append(Row(names, len(builder.attentions), None, None, "", operation, kernel, 0))
     return rows
 
 
