@@ -17,7 +17,7 @@ from pymllm_core.nn.embedding import Embedding, QuantisedEmbedding
 from pymllm_core.nn.linear import Linear
 from pymllm_core.nn.split_linear import SplitLinear
 from pymllm_core.plugins import Registry
-from pymllm_core.protocols.quant import LinearLayer, LinearPart, LinearScheme, WeightSlot
+from pymllm_core.protocols.quant import LinearLayer, LinearPart, LinearScheme
 from pymllm_core.select import Choice
 from pymllm_core.specs import KernelSpec
 
@@ -62,13 +62,17 @@ class ChosenKernels(Kernels):
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One linear or embedding. format: the scheme in words; kernel None for look-ups and where none fits."""
+    """One linear or embedding. format: the scheme in words; kernel None for look-ups and where none fits.
+
+    tensors: names of what is read for it. num_bytes: once it is loaded.
+    """
 
     layer: LinearLayer
     format: str
     operation: str
     kernel: Choice[KernelSpec] | None
-    slots: list[WeightSlot]
+    tensors: tuple[str, ...]
+    num_bytes: int
 
 
 class LintBuilder(Builder):
@@ -87,17 +91,17 @@ class LintBuilder(Builder):
             self.split.append(made.layer)
         return made
 
-    def _make(self, layer: LinearLayer) -> Linear:
-        made = super()._make(layer)
+    def _make(self, layer: LinearLayer, scheme: LinearScheme | None = None) -> Linear:
+        made = super()._make(layer, scheme)
         assert isinstance(made.kernel, ChosenKernel)
-        self._note(layer, made.scheme, made.scheme.operation, made.kernel.choice, made.slots())
+        self._note(layer, made.scheme, made.scheme.operation, made.kernel.choice, made)
         return made
 
     def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Embedding | QuantisedEmbedding:
         made = super().embedding(name, vocab_size, hidden_size)
         layer = LinearLayer((LinearPart(name, vocab_size),), hidden_size, module="Embedding")
         scheme = made.scheme if isinstance(made, QuantisedEmbedding) else None
-        self._note(layer, scheme, LOOKUP, None, made.slots())
+        self._note(layer, scheme, LOOKUP, None, made)
         return made
 
     def attention(self, layer: int, **fields: Any) -> Attention:
@@ -117,10 +121,14 @@ class LintBuilder(Builder):
         scheme: LinearScheme | None,
         operation: str,
         kernel: Choice[KernelSpec] | None,
-        slots: list[WeightSlot],
+        made: Linear | Embedding | QuantisedEmbedding,
     ) -> None:
-        if layer not in self.refused:
-            self.rows.append(LayerRow(layer, describe(scheme, self.dtype), operation, kernel, slots))
+        if layer in self.refused:
+            return
+        slots = [slot for slot in made.slots() if not slot.optional]
+        size = made.resident_bytes if isinstance(made, Linear) else sum(slot.num_bytes for slot in slots)
+        form = describe(scheme, self.dtype)
+        self.rows.append(LayerRow(layer, form, operation, kernel, tuple(slot.name for slot in slots), size))
 
     @property
     def modules(self) -> dict[str, str]:

@@ -18,8 +18,8 @@ from pymllm_core.engine.choices import (
     choose_quantisation,
     compute_dtype,
 )
-from pymllm_core.engine.graph import Graph, choose_model, make_graph
 from pymllm_core.engine.headers import Scan, read_json, scan
+from pymllm_core.engine.model_graph import ModelGraph, choose_model, make_graph
 from pymllm_core.errors import PluginError, PymllmError
 from pymllm_core.lint.device import machine_findings
 from pymllm_core.lint.files import file_findings
@@ -136,7 +136,7 @@ class _Chosen:
         self.kv_dtype: str | None = None
         self.attention: str | None = None
         self.attention_want: Want | None = None
-        self.graph: Graph | None = None
+        self.graph: ModelGraph | None = None
 
     def choose(
         self,
@@ -194,7 +194,7 @@ class _Chosen:
 
 
 def _quantisation(
-    registry: Registry, config: Mapping[str, Any], found: Scan, graph: Graph | None
+    registry: Registry, config: Mapping[str, Any], found: Scan, graph: ModelGraph | None
 ) -> Iterator[Finding]:
     """What the installed quantisation methods know of trouble."""
     stored = config.get("quantization_config") or config.get("compression_config")
@@ -213,7 +213,9 @@ def _quantisation(
         yield from check(LintInput(config, own, found.tensors, modules))
 
 
-def _of_graph(graph: Graph, found: Scan, before: Iterable[Finding], *, imagined: bool) -> Iterator[Finding]:
+def _of_graph(
+    graph: ModelGraph, found: Scan, before: Iterable[Finding], *, imagined: bool
+) -> Iterator[Finding]:
     """What only a graph can tell: layers, kernels and tensors."""
     builder, kernels = graph.builder, graph.kernels
     assert isinstance(builder, LintBuilder)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pymllm_core.engine.graph import Graph
+from pymllm_core.engine.model_graph import ModelGraph
 from pymllm_core.lint.layers import ChosenKernels, LayerRow, LintBuilder
 from pymllm_core.lint.names import collapse, ranges
 from pymllm_core.nn import ops
@@ -32,7 +32,7 @@ class Row:
     num_bytes: int
 
 
-def graph_rows(graph: Graph) -> list[Row]:
+def graph_rows(graph: ModelGraph) -> list[Row]:
     """One row for all layers of one shape, format and kernel that have one place in their block."""
     builder = graph.builder
     assert isinstance(builder, LintBuilder)
@@ -55,13 +55,13 @@ def graph_rows(graph: Graph) -> list[Row]:
                 first.format,
                 first.operation,
                 None if chosen is None else f"{chosen.spec.name} ({chosen.distribution})",
-                sum(slot.num_bytes for row in same for slot in row.slots),
+                sum(row.num_bytes for row in same),
             )
         )
     return rows + _attention(graph, builder)
 
 
-def _attention(graph: Graph, builder: LintBuilder) -> list[Row]:
+def _attention(graph: ModelGraph, builder: LintBuilder) -> list[Row]:
     """What stands between the projections: one row, it has no weights of its own but norms."""
     rows = []
     for operation, shape in graph.kernels.asked if isinstance(graph.kernels, ChosenKernels) else ():

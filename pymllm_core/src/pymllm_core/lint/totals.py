@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from pymllm_core.bench.cost import ModelCost
 from pymllm_core.engine.choices import kv_bytes_per_token
-from pymllm_core.engine.graph import Graph
-from pymllm_core.lint.layers import LOOKUP, LintBuilder
+from pymllm_core.engine.model_graph import ModelGraph
+from pymllm_core.lint.layers import LintBuilder
 from pymllm_core.protocols.lint import StoredTensor
 
 CONTEXTS = (1, 4096, 32768)
@@ -32,8 +33,8 @@ class Totals:
     """Bytes. stored: of the tensors in the files, by dtype. weights: of what is loaded, by format; a tied
     table is counted once. The rest is known with a graph only.
 
-    weights_per_token: all weights but the embedding, of which one row is read. kv_per_token: keys and
-    values of one token of context.
+    weights_per_token: all weights, of the embedding one row. kv_per_token: keys and values of one token of
+    context. Both are counted as `bench.cost` counts them.
     """
 
     stored: Mapping[str, int]
@@ -44,7 +45,7 @@ class Totals:
 
 
 def totals(
-    tensors: Iterable[StoredTensor], graph: Graph | None, kv_dtype: str | None, bandwidth: float | None
+    tensors: Iterable[StoredTensor], graph: ModelGraph | None, kv_dtype: str | None, bandwidth: float | None
 ) -> Totals:
     """bandwidth: of the device's memory, in GB/s (10^9 bytes)."""
     stored: Counter[str] = Counter()
@@ -55,28 +56,21 @@ def totals(
     builder = graph.builder
     assert isinstance(builder, LintBuilder)
     weights: Counter[str] = Counter()
-    counted: set[str] = set()
-    rows = 0
-    for row in builder.rows:
-        fresh = [slot for slot in row.slots if slot.name not in counted]
-        weights[row.format] += sum(slot.num_bytes for slot in fresh)
-        counted.update(slot.name for slot in fresh)
-        size = sum(slot.num_bytes for slot in row.slots)
-        rows += size // row.layer.out_features if row.operation == LOOKUP else size
-    # What is in no row: norms.
-    rest = {slot.name: slot.num_bytes for node in builder.nodes for slot in node.slots()}
-    others = sum(size for name, size in rest.items() if name not in counted)
-    weights["norms"] += others
-    if kv_dtype is None:
-        return Totals(dict(stored.most_common()), dict(weights.most_common()), rows + others)
-    kv = kv_bytes_per_token(graph.shape, kv_dtype)
+    # A tied table is read by two layers, and held twice only where they hold it in unlike formats.
+    for row in {(row.tensors, row.format): row for row in builder.rows}.values():
+        weights[row.format] += row.num_bytes
+    named = {name for row in builder.rows for name in row.tensors}
+    slots = [slot for node in builder.nodes for slot in node.slots()]
+    weights["norms"] = sum(s.num_bytes for s in slots if s.name not in named and not s.optional)
+    kv = 0 if kv_dtype is None else kv_bytes_per_token(graph.shape, kv_dtype)
+    cost = ModelCost(builder, graph.shape, graph.dtype, kv)
     contexts = dict.fromkeys(min(context, builder.max_positions) for context in CONTEXTS)
     return Totals(
         dict(stored.most_common()),
         dict(weights.most_common()),
-        rows + others,
-        kv,
-        tuple(_cost(context, rows + others + kv * context, bandwidth) for context in contexts),
+        int(cost.decode(1, 0).bytes),
+        kv or None,
+        tuple(_cost(context, int(cost.decode(1, context).bytes), bandwidth) for context in contexts if kv),
     )
 
 

@@ -30,7 +30,7 @@ from pymllm_core.specs import ModelSpec, QuantMethodSpec, Want
 
 
 @dataclass(frozen=True)
-class Graph:
+class ModelGraph:
     """A model without weights, and what was chosen for it. dtype: the computation's."""
 
     dtype: str
@@ -62,7 +62,7 @@ def make_graph(
     *,
     kernels: type[Kernels] = Kernels,
     builder: type[Builder] = Builder,
-) -> Graph:
+) -> ModelGraph:
     """Choose dtype, model, quantisation and the kernel of each layer.
 
     stored: what the checkpoint holds, None where that is not known. kernels, builder: where others than the
@@ -82,6 +82,7 @@ def make_graph(
         kernel=chosen,
         quant=quant,
         stored=None if quant is None else stored,
+        int8_head=settings.quantization.lm_head == "int8",
     )
     model = model_class(config, made)
-    return Graph(dtype, shape, choice, quant_choice, chosen, made, model)
+    return ModelGraph(dtype, shape, choice, quant_choice, chosen, made, model)
