@@ -156,6 +156,17 @@ def test_a_tied_table_weighs_once_and_is_read(tmp_path: Path) -> None:
     assert totals.weights_per_token == stored + 32 * 2
 
 
+def test_a_head_that_is_rounded_at_loading(tmp_path: Path) -> None:
+    """A tied table is then held twice: as it is for look-ups, as codes and scales for the head."""
+    folder = toy(tmp_path / "tied", tie_word_embeddings=True)
+    before, totals = check(folder).totals, check(folder, lm_head="int8").totals
+    head = 300 * (32 + 2)
+    assert totals.weights["int8 head channel sym"] == head
+    assert totals.weights["bfloat16"] == before.weights["bfloat16"]
+    assert before.weights_per_token is not None
+    assert totals.weights_per_token == before.weights_per_token - 300 * 32 * 2 + head
+
+
 def test_tensor_data_is_not_read(tmp_path: Path) -> None:
     """A file of 200 GB, of which only the header is there: reading a thousandth of it would take longer."""
     folder = toy(tmp_path / "toy")
