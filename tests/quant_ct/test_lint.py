@@ -152,8 +152,12 @@ def test_wrong_files(
 def test_a_group_that_does_not_divide(tmp_path: Path) -> None:
     write(tmp_path, W4)
     mend(tmp_path, config_groups={"group_0": group(weights(4, 40))})
-    findings = check(tmp_path, *PLUGINS).findings
+    report = check(tmp_path, *PLUGINS)
+    findings = report.findings
     assert {finding.code for finding in findings} == {"layer-refused"}
+    # Nothing serves them, so the table does not list them.
+    assert {row.operation for row in report.rows} == {"embedding", "linear", "attention_prep"}
+    assert {row.names for row in report.rows if row.operation == "linear"} == {("model.embed_tokens",)}
     down = next(finding for finding in findings if DOWN in finding.where)
     assert down.where == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
     assert down.message == (

@@ -167,7 +167,7 @@ def _finding(finding: Finding) -> Text:
     names = shorten(finding.where)
     where = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
     text = Text(f"{finding.severity}: ", style=_STYLES[finding.severity])
-    if where not in finding.message:
+    if not finding.message.partition(" ")[0].endswith(where):  # it may begin with the file or field itself
         text.append(printable(where), style="bold").append(": ", style="not bold")
     text.append("\n  ".join(printable(line) for line in finding.message.splitlines()))
     if finding.advice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from pymllm_core.device import DeviceInfo
@@ -11,6 +12,9 @@ from pymllm_core.errors import ConfigError
 from pymllm_core.plugins import Registry
 from pymllm_core.protocols.lint import Finding
 from pymllm_core.specs import AttentionBackendSpec, KernelSpec, Spec, Want
+
+ATTENTION = "attention backend"
+"""What backends are chosen for, beside the operations of kernels."""
 
 
 def imagined_device(arch: str) -> DeviceInfo:
@@ -31,31 +35,31 @@ def imagined_device(arch: str) -> DeviceInfo:
 def machine_findings(registry: Registry, wants: Iterable[tuple[str, Want]]) -> Iterator[Finding]:
     """For an imagined device: whose packages and programs could only be looked for on this machine.
 
-    wants: the operation, or ``attention backend``, with the situation it was chosen for.
+    wants: each operation, or `ATTENTION`, with a situation that something was chosen for.
     """
-    here: dict[str, str] = {}
-    lacking: dict[str, str] = {}
-    specs: list[tuple[str, Spec]] = [
-        ("attention backend", r.spec) for r in registry.all(AttentionBackendSpec)
+    here: dict[str, list[str]] = defaultdict(list)
+    lacking: dict[str, list[str]] = defaultdict(list)
+    specs: list[tuple[str, str, Spec]] = [
+        (ATTENTION, f"attention/{r.spec.name}", r.spec) for r in registry.all(AttentionBackendSpec)
     ]
-    specs += [(r.spec.operation, r.spec) for r in registry.all(KernelSpec)]
+    specs += [(r.spec.operation, r.spec.key, r.spec) for r in registry.all(KernelSpec)]
     for operation, want in wants:
-        for kind, spec in specs:
+        for kind, key, spec in specs:
             needs = spec.needs
             if kind != operation or not (needs.modules or needs.programs):
                 continue
             if dataclasses.replace(needs, modules={}, programs=()).reason(want) is not None:
                 continue
-            if reason := needs.reason(want):
-                lacking[spec.key] = reason
-            else:
-                here[spec.key] = ", ".join([*needs.modules.values(), *("|".join(p) for p in needs.programs)])
-    if here:
-        listed = "; ".join(f"{key} needs {what}" for key, what in here.items())
-        message = f"chosen among because this machine has what they need ({listed})"
-        yield Finding(
-            "note", "judged-here", tuple(here), message, "see that the device's machine has it, too"
+            reason = needs.reason(want)
+            listed = [*needs.modules.values(), *(" or ".join(group) for group in needs.programs)]
+            found = lacking[reason] if reason else here[", ".join(listed)]
+            if key not in found:
+                found.append(key)
+    for what, keys in here.items():
+        message = f"they need {what}, which this machine has; the device's own was not looked at"
+        yield Finding("note", "judged-here", tuple(keys), message, "see that it is there, too")
+    for reason, keys in lacking.items():
+        message = (
+            f"left out, though they could serve this device, because this machine lacks something: {reason}"
         )
-    for key, reason in lacking.items():
-        message = f"could serve this device, but was left out, judged by this machine: {reason}"
-        yield Finding("note", "judged-here", (key,), message, "install it here, too, to see it chosen")
+        yield Finding("note", "judged-here", tuple(keys), message, "install it here, too, to see them chosen")

@@ -21,7 +21,7 @@ from pymllm_core.engine.choices import (
 from pymllm_core.engine.headers import Scan, read_json, scan
 from pymllm_core.engine.model_graph import ModelGraph, choose_model, make_graph
 from pymllm_core.errors import PluginError, PymllmError
-from pymllm_core.lint.device import machine_findings
+from pymllm_core.lint.device import ATTENTION, machine_findings
 from pymllm_core.lint.files import file_findings
 from pymllm_core.lint.kernels import kernel_findings, refusal_findings
 from pymllm_core.lint.layers import ChosenKernels, LintBuilder
@@ -236,7 +236,7 @@ def _wants(chosen: _Chosen, device: DeviceInfo) -> Iterator[tuple[str, Want]]:
     for operation, shape in chosen.graph.kernels.asked:
         yield operation, Want(device, chosen.graph.dtype, shape)
     if chosen.attention_want is not None:
-        yield "attention backend", chosen.attention_want
+        yield ATTENTION, chosen.attention_want
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:
