@@ -57,11 +57,10 @@ def headers(draw: st.DrawFn) -> tuple[Any, int]:
         entry = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         if draw(st.integers(0, 5)) == 0:
             field = draw(st.sampled_from([*entry, "more"]))
-            entry[field] = draw(
-                st.lists(SIZES, max_size=3)
-                | st.none()
-                | st.sampled_from(["F32", "f32", 3, [end, start], [start]])
+            wrong: st.SearchStrategy[Any] = st.none() | st.sampled_from(
+                ["F32", "f32", 3, [end, start], [start]]
             )
+            entry[field] = draw(st.lists(SIZES, max_size=3) | wrong)
             if draw(st.booleans()):
                 del entry[field]
         header[name] = draw(st.sampled_from([entry] * 8 + [None, [], 3]))

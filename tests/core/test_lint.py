@@ -53,7 +53,7 @@ def pymllm_kernels() -> list[KernelSpec]:
 
 def toy(folder: Path, **fields: Any) -> Path:
     """A toy checkpoint in bfloat16."""
-    model = toy_model(**fields).to(torch.bfloat16)
+    model = toy_model(**fields).bfloat16()
     options = {"max_shard_size": fields.pop("max_shard_size")} if "max_shard_size" in fields else {}
     save(model, folder, architectures=["ToyForCausalLM"], model_type="toy", **options)
     return folder
@@ -71,7 +71,7 @@ def folder(pristine: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    model = toy_model().to(torch.bfloat16)
+    model = toy_model().bfloat16()
     path = tmp_path / "sharded"
     save(model, path, max_shard_size="20KB", architectures=["ToyForCausalLM"], model_type="toy")
     assert len(list(path.glob("*.safetensors"))) > 2
