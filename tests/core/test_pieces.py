@@ -85,7 +85,7 @@ def test_answers_do_not_depend_on_pieces(toy: Path, overlap: bool, radix: bool) 
             for one, two in zip(answer.logprobs or (), other.logprobs or (), strict=True):
                 assert abs(one.logprob - two.logprob) < 1e-4
     assert counter.replays > 10
-    assert len(counter.captures) == len(set(counter.captures)) > 2
+    assert len(counter.captures) == len(set(counter.captures)) >= 2
     check_idle(engine)
 
 
