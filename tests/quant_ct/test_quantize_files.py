@@ -240,6 +240,23 @@ def test_a_broken_run_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model(tmp_path / "in")
+    quantise(tmp_path / "in", tmp_path / "out", W4)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ConfigError, match=r"out cannot be written: .*Permission denied"):
+        quantise(tmp_path / "in", tmp_path / "out", Request("W8A8"), overwrite=True)
+    assert "model.layers.0.mlp.up_proj.weight_packed" in load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
 def test_until_the_end_no_config_is_there(tmp_path: Path) -> None:
     """What a killed run leaves is under another name, and cannot be taken for a model."""
     model(tmp_path / "in")
