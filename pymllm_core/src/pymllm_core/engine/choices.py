@@ -175,8 +175,8 @@ def unused_settings(settings: Settings, device: DeviceInfo, dtype: str) -> list[
     ]
     if server.enable_mamba_cache:
         notes.append("--server.enable_mamba_cache is unused: this model has no state-space layers")
-    if server.disable_cuda_graph:
-        notes.append("--server.disable_cuda_graph is unused: no installed plugin captures graphs")
+    if server.disable_cuda_graph and device.type != "cuda":
+        notes.append("--server.disable_cuda_graph is unused: there are no CUDA graphs on a CPU")
     if device.type == "cpu" and dtype == "float16":
         notes.append("float16 is slow on CPUs; bfloat16 or float32 is faster here")
     return notes

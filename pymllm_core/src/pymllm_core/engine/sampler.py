@@ -64,6 +64,11 @@ class _Prepared:
     bias: tuple[Tensor, Tensor, Tensor] | None
     logprobs: int | None
 
+    @property
+    def plain(self) -> bool:
+        """No penalties, no biases, no log-probabilities."""
+        return self.penalties is None and self.bias is None and self.logprobs is None
+
 
 class Sampler:
     """Holds what sampling remembers of each running sequence: token counts, if it is penalised.
@@ -72,7 +77,7 @@ class Sampler:
     """
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._max_rows = max_rows
         self._device = device
         self._generated: Tensor | None = None
@@ -87,7 +92,7 @@ class Sampler:
             return
         if self._generated is None:
             # Taken at the first need: most deployments never penalise.
-            size = (self._max_rows, self._vocab_size)
+            size = (self._max_rows, self.vocab_size)
             self._generated = torch.zeros(size, dtype=torch.int32, device=self._device)
             self._prompted = torch.zeros(size, dtype=torch.bool, device=self._device)
         assert self._prompted is not None
@@ -95,21 +100,30 @@ class Sampler:
         self._generated[row].zero_()
         self._prompted[row].zero_()
         prompt, generated = (
-            torch.tensor([t for t in tokens if t < self._vocab_size], dtype=torch.int64, device=self._device)
+            torch.tensor([t for t in tokens if t < self.vocab_size], dtype=torch.int64, device=self._device)
             for tokens in (sequence.tokens[: sequence.prompt_len], sequence.tokens[sequence.prompt_len :])
         )
         self._prompted[row, prompt] = True
         self._generated[row].index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
+
+    def chooses_best(self, sequences: list[Sequence]) -> bool:
+        """Whether every row gets its largest logit and nothing else is asked for."""
+        prepared = self._prepared_for(sequences)
+        return prepared.all_greedy and prepared.plain
+
+    def _prepared_for(self, sequences: list[Sequence]) -> _Prepared:
+        prepared = self._prepared
+        if prepared is None or prepared.sequences != sequences:
+            prepared = self._prepared = self._prepare(sequences)
+        return prepared
 
     def sample(self, logits: Tensor, sequences: list[Sequence], indices: list[int]) -> SamplerOutput:
         """Choose a token for every row of logits [R, vocab] float32, which may be overwritten.
 
         indices: how many tokens each sequence has generated before this one.
         """
-        prepared = self._prepared
-        if prepared is None or prepared.sequences != sequences:
-            prepared = self._prepared = self._prepare(sequences)
-        logits = logits[:, : self._vocab_size]
+        prepared = self._prepared_for(sequences)
+        logits = logits[:, : self.vocab_size]
         if prepared.penalties is not None:
             self._penalise(logits, prepared)
         if prepared.bias is not None:
@@ -142,7 +156,7 @@ class Sampler:
             chosen = [params[row] for row in group.rows]
             group.index = torch.tensor(group.rows, device=self._device)
             group.temperature = self._column([p.temperature for p in chosen])
-            group.top_k = self._column([p.top_k if p.top_k > 0 else self._vocab_size for p in chosen])
+            group.top_k = self._column([p.top_k if p.top_k > 0 else self.vocab_size for p in chosen])
             group.top_p = self._column([p.top_p for p in chosen])
             group.min_p = self._column([p.min_p for p in chosen])
         penalised = [row for row, p in enumerate(params) if p.penalised]
@@ -160,7 +174,7 @@ class Sampler:
             (row, token, value)
             for row, p in enumerate(params)
             for token, value in p.logit_bias.items()
-            if token < self._vocab_size
+            if token < self.vocab_size
         ]
         bias = None
         if triples:
@@ -188,7 +202,7 @@ class Sampler:
     def _candidates(self, params: SamplingParams) -> int:
         if params.top_k > 0:
             for size in _CANDIDATES:
-                if params.top_k <= size < self._vocab_size:
+                if params.top_k <= size < self.vocab_size:
                     return size
             return -1
         return -1 if params.top_p < 1.0 else 0
