@@ -50,14 +50,17 @@ def answer(model: str, cases: list[Case]) -> list[Outcome]:
 
 def right(outcomes: list[Outcome]) -> Counter[str]:
     """How many answers of each category are right."""
-    return Counter({name: 0 for name in data.CATEGORIES}) + Counter(
-        item.case.category for item in outcomes if item.right
-    )
+    found = Counter(dict.fromkeys(data.CATEGORIES, 0))
+    found.update(item.case.category for item in outcomes if item.right)
+    return found
 
 
 def committed(folder: Path, limit: int = PER_CATEGORY) -> dict[str, Counter[str]]:
     """Right answers by category, of each column, among the first `limit` prompts of each, from DIR's files."""
-    found = {"transformers": Counter[str](), **{name: Counter(dict.fromkeys(data.CATEGORIES, limit)) for name in MODELS}}
+    found = {
+        "transformers": Counter[str](),
+        **{name: Counter(dict.fromkeys(data.CATEGORIES, limit)) for name in MODELS},
+    }
     seen: Counter[str] = Counter()
     for line in (folder / REFERENCE).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -111,7 +114,9 @@ def report(folder: Path, per_category: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help=f"holds {REFERENCE}; {TABLE} and {WRONG} are written into it")
+    parser.add_argument(
+        "folder", type=Path, help=f"holds {REFERENCE}; {TABLE} and {WRONG} are written into it"
+    )
     parser.add_argument("--limit", type=int, default=PER_CATEGORY, help="prompts per category")
     options = parser.parse_args()
     report(options.folder, options.limit)

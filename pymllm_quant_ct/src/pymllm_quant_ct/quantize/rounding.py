@@ -74,7 +74,8 @@ class Rounding:
         """Stored tensors of some rows [R, K], by their last name; what was lost is added to `error`.
 
         Computed in float32 (bfloat16 quotients near 127 would be half a code off) with the scales as they are
-        stored, so that a code is the one whose weight, read back, is nearest. Raises ValueError where a weight is not finite.
+        stored, so that a code is the one whose weight, read back, is nearest. Raises ValueError where a
+        weight is not finite.
         """
         wide = weight.float()
         if not bool(wide.isfinite().all()):
