@@ -39,11 +39,8 @@ def model(folder: Path, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> d
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(**{**TINY, "tie_word_embeddings": True, **fields})
-    save(
-        randomise(Qwen3ForCausalLM(config), std=0.15, seed=3).to(dtype),
-        folder,
-        architectures=["Qwen3ForCausalLM"],
-    )
+    network: Any = randomise(Qwen3ForCausalLM(config), std=0.15, seed=3)
+    save(network.to(dtype), folder, architectures=["Qwen3ForCausalLM"])
     return load_file(folder / "model.safetensors")
 
 
