@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pymllm_core.config import Settings
+    from pymllm_core.engine.status import Progress as Status
+    from pymllm_core.engine.status import ProgressCallback
 
 _META = "pymllm_core.settings_argv"
 
@@ -56,6 +60,27 @@ def settings_of(ctx: click.Context, model: str | None = None) -> Settings:
     return load_settings(argv, model=model)
 
 
+def spread(args: Sequence[str], patterns: Mapping[str, re.Pattern[str]]) -> list[str]:
+    """``--size 1 8`` as ``--size 1 --size 8``, for click, whose options take a fixed number of values.
+
+    patterns: by option, what its values look like; the first argument that does not ends them.
+    """
+    result: list[str] = []
+    option: str | None = None
+    first = False
+    for token in args:
+        if token in patterns:
+            option, first = token, True
+            result.append(token)
+        elif option is not None and patterns[option].fullmatch(token):
+            result += [token] if first else [option, token]
+            first = False
+        else:
+            option = None
+            result.append(token)
+    return result
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Whether a person looks at the stream."""
     try:
@@ -83,6 +108,24 @@ def console(stream: TextIO | None = None) -> Console:
         markup=False,
         soft_wrap=not terminal,
     )
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
+    """A bar on stderr that goes away at the end; None where nobody looks at it."""
+    if not is_terminal(sys.stderr):
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def show(news: Status) -> None:
+            bar.update(task, description=news.stage, completed=news.done, total=news.total or None)
+
+        yield show
 
 
 def print_json(value: Any) -> None:
