@@ -41,6 +41,7 @@ def pymllm_kernels() -> list[KernelSpec]:
             needs=_cpu(K=ShapeRule(maximum=1 << 16)),
             priority=100,
         ),
+        *_weight_only(),
         KernelSpec(
             operation="attention_prep",
             name="cpu-avx512-bf16",
@@ -48,6 +49,25 @@ def pymllm_kernels() -> list[KernelSpec]:
             needs=_ATTENTION,
             priority=100,
         ),
+    ]
+
+
+def _weight_only() -> list[KernelSpec]:
+    zero, one = ShapeRule(one_of=(0,)), ShapeRule(one_of=(1,))
+    several = {"group_size": ShapeRule(multiple_of=8, maximum=1024)}
+    return [
+        KernelSpec(
+            operation=operation,
+            name=name,
+            implementation=f"pymllm_kernels.cpu_nodes:{node}",
+            needs=_cpu(g_idx=zero, **groups),
+            priority=priority,
+        )
+        for operation, node in (("w4a16_linear", "W4A16Node"), ("w8a16_linear", "W8A16Node"))
+        for name, priority, groups in (
+            ("cpu-avx512-bf16", 100, several),
+            ("cpu-avx512-bf16-channel", 99, {"groups": one}),
+        )
     ]
 
 
