@@ -21,8 +21,7 @@ from pymllm_kernels.cpu_tiles import (
 )
 
 GROUP_MULTIPLE = 8
-MAX_GROUP = 1024
-"""Several groups a row must have a multiple of 8 columns, of which 1024 are unpacked at a time."""
+"""Of a group's columns, where a row has several: the codes of a dword, so that none spans two groups."""
 
 
 class _WeightOnlyStruct(ctypes.Structure):
@@ -56,7 +55,7 @@ class CpuWeightOnlyLinear(TiledLinear):
 
         Args:
             tensors: of the operation in `pymllm_core.nn.ops`, on the CPU, without ``g_idx``; ``scale`` in bf16.
-                One group a row may have any size, several a multiple of 8 up to 1024.
+                One group a row may have any size, several must have a multiple of 8 columns.
             act: None or "silu_mul" (silu(gate) * up, weight rows [gate; up]).
 
         Raises:
@@ -75,10 +74,9 @@ class CpuWeightOnlyLinear(TiledLinear):
                 f"zero_point must be int8 {tuple(scale.shape)}, got {tuple(zero_point.shape)} {zero_point.dtype}"
             )
         size = k // groups
-        if groups > 1 and (k % groups or size % GROUP_MULTIPLE or size > MAX_GROUP):
+        if groups > 1 and (k % groups or size % GROUP_MULTIPLE):
             raise ValueError(
-                f"{groups} groups of {k} columns: groups must have a multiple of {GROUP_MULTIPLE} columns, up to "
-                f"{MAX_GROUP}"
+                f"{groups} groups of {k} columns: groups must have a multiple of {GROUP_MULTIPLE} columns"
             )
         form = PACK_INT4 if self._bits == 4 else PACK_INT8
         tiles = Tiles(weight, form, bias=tensors.get("bias"), act=act)

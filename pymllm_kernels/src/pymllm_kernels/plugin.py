@@ -54,7 +54,7 @@ def pymllm_kernels() -> list[KernelSpec]:
 
 def _weight_only() -> list[KernelSpec]:
     zero, one = ShapeRule(one_of=(0,)), ShapeRule(one_of=(1,))
-    several = {"group_size": ShapeRule(multiple_of=8, maximum=1024)}
+    several = {"group_size": ShapeRule(multiple_of=8)}
     return [
         KernelSpec(
             operation=operation,

@@ -35,6 +35,17 @@ struct Affine {
     }
 };
 
+// Requests scales and zero points of group g of NT tiles: each is a line of its own.
+template <int NT>
+void prefetch_affine(const PackedWeightOnly& w, int64_t t, int64_t g) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NT; ++j) {
+        const int64_t at = ((t + j) * w.groups + g) * kTileCols;
+        __builtin_prefetch(w.scale + at);
+        if (w.zero_point != nullptr) __builtin_prefetch(w.zero_point + at);
+    }
+}
+
 // Adds the chains of group g, of MR rows and NT neighbouring tiles, to sums [NT][MR][32] (to zero
 // when g is 0). x_sums: [MR][groups] where there are zero points.
 template <int MR, int NT>
@@ -150,6 +161,7 @@ void multiply_packed(const PackedWeightOnly& w, const uint32_t* panel, int64_t t
         }
         if (w.groups > 1) {
             add_group<MR, NT>(w, t, g, acc, x_sums, sums);
+            prefetch_affine<NT>(w, t + NT, g);
             continue;
         }
 #pragma GCC unroll 16
