@@ -14,6 +14,7 @@ import torch
 from ct_files import group, inputs, weights, write
 from torch import Tensor, nn
 
+from pymllm_core.errors import ConfigError
 from pymllm_core.request import Request
 from pymllm_core.testing.engines import LogitsRecorder, greedy, make_engine, run
 
@@ -145,3 +146,10 @@ def test_weight_only_bfloat16(case: str, tmp_path: Path) -> None:
     expected = expect(write(tmp_path, groups, **fields), groups, tmp_path)
     found = compute(tmp_path, dtype="bfloat16")
     assert (found - expected).norm() / expected.norm() < BFLOAT16
+
+
+def test_a_quantised_head_is_not_quantised_again(tmp_path: Path) -> None:
+    groups, fields = WEIGHT_ONLY["lm_head"]
+    write(tmp_path, groups, dtype=torch.float32, **fields)
+    with pytest.raises(ConfigError, match=r"--quantization\.lm_head int8.*lm_head is quantised already"):
+        make_engine(tmp_path, *PLUGINS, lm_head="int8")

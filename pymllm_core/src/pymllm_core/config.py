@@ -147,6 +147,9 @@ class QuantizationSettings(Section):
 
     method: str | None = Field(None, description="default: what the checkpoint's quantization_config says")
     kv_cache_dtype: KvDType = Field("auto", description="auto: the computation's dtype")
+    lm_head: Literal["stored", "int8"] = Field(
+        "stored", description="int8: round the output head to 8 bits at loading, half the bytes of bf16"
+    )
 
 
 class Settings(Section):
@@ -157,12 +160,13 @@ class Settings(Section):
 
     @classmethod
     def of(cls, model_path: str, **server: Any) -> Settings:
-        """Settings from keyword arguments; ``quantization`` and ``kv_cache_dtype`` name that section's."""
-        quantization = {
-            target: server.pop(source)
-            for source, target in (("quantization", "method"), ("kv_cache_dtype", "kv_cache_dtype"))
-            if source in server
-        }
+        """Settings from keyword arguments; ``quantization``, ``kv_cache_dtype`` and ``lm_head`` name that section's."""
+        sources = (
+            ("quantization", "method"),
+            ("kv_cache_dtype", "kv_cache_dtype"),
+            ("lm_head", "lm_head"),
+        )
+        quantization = {target: server.pop(source) for source, target in sources if source in server}
         return cls(
             server=ServerSettings(model_path=model_path, **server),
             quantization=QuantizationSettings(**quantization),

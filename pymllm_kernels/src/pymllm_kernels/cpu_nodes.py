@@ -114,6 +114,8 @@ class AttentionPrepNode:
 class CpuAttention:
     """Paged attention for bf16 (`protocols.attention.AttentionBackend`)."""
 
+    graph_safe = False  # no graphs on a CPU
+
     def __init__(self, config: AttentionConfig) -> None:
         self._page_size = config.page_size
         self._scale = config.scale

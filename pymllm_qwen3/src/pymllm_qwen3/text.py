@@ -45,9 +45,14 @@ class DecoderLayer:
         )
         self.down = builder.linear(f"{prefix}.mlp", {"down_proj": hidden}, width)
 
-    def __call__(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+    def __call__(self, x: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
+        """rows: those of which the result is wanted, None for all."""
         qkv = self.qkv(x, norm=self.input_norm)
         a = self.attention(qkv, ctx)
+        if rows is not None:
+            a, x = a[rows], x[rows]
+            if not len(rows):
+                return x  # the keys and values are cached; nobody asks for more
         x = self.o(a, residual=x)
         h = self.gate_up(x, norm=self.post_norm)
         return self.down(h, residual=x)
@@ -70,9 +75,9 @@ class Qwen3ForCausalLM:
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
         x = self.embed(input_ids)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, ctx)
-        return x
+        return self.layers[-1](x, ctx, ctx.output_rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden, norm=self.norm, out_dtype=torch.float32)

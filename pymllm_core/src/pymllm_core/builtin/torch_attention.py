@@ -12,6 +12,9 @@ from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, Lay
 class TorchAttention:
     """Gathers each sequence's pages and attends with `scaled_dot_product_attention`."""
 
+    # Which slots it gathers depends on the lengths, which the host looks at.
+    graph_safe = False
+
     def __init__(self, config: AttentionConfig, *, batch_decodes: bool | None = None) -> None:
         self._config = config
         self._batch_decodes = config.device.type != "cpu" if batch_decodes is None else batch_decodes

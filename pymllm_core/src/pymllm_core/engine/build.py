@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from pymllm_core.engine.choices import (
     choose_parser,
     choose_quantisation,
     compute_dtype,
+    graph_bytes,
     stored_tensors,
     torch_dtype,
     unused_settings,
     workspace_bytes,
 )
 from pymllm_core.engine.engine import Engine
+from pymllm_core.engine.graphs import graph_sizes
 from pymllm_core.engine.loader import load_weights
 from pymllm_core.engine.processor import Processor, load_tokenizer
 from pymllm_core.engine.runner import Runner, RunnerConfig
@@ -38,7 +41,7 @@ from pymllm_core.kv.pool import PagePool
 from pymllm_core.nn.builder import Builder
 from pymllm_core.plan import Limits, Plan, divide_memory
 from pymllm_core.plugins import Registry
-from pymllm_core.protocols.attention import AttentionConfig
+from pymllm_core.protocols.attention import AttentionBackend, AttentionConfig
 from pymllm_core.protocols.model import Model, ModelShape
 from pymllm_core.protocols.source import SourceOptions
 from pymllm_core.select import choose
@@ -48,6 +51,8 @@ from pymllm_core.specs import (
     ModelSpec,
     Want,
 )
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_FRACTION = {"cuda": 0.85, "cpu": 0.5}
 _DEFAULT_RUNNING = {"cuda": 256, "cpu": 32}
@@ -108,6 +113,7 @@ def assemble(
         kernel=kernels,
         quant=quant,
         stored=None if quant is None or server.load_format == "dummy" else stored_tensors(folder),
+        int8_head=settings.quantization.lm_head == "int8",
     )
     model = model_class(config, builder)
     kv_dtype = choose_kv_dtype(settings, dtype)
@@ -143,6 +149,7 @@ def assemble(
         fraction=server.mem_fraction_static or _DEFAULT_FRACTION[device.type],
         weights=builder.weight_bytes,
         workspace=workspace_bytes(shape, running, prefill, torch_dtype(dtype).itemsize),
+        graphs=graph_bytes(shape, running) if device.type == "cuda" and not server.disable_cuda_graph else 0,
         kv_bytes_per_token=shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * kv_itemsize,
         page_size=page_size,
         wanted_tokens=server.max_total_tokens,
@@ -243,11 +250,13 @@ def build_engine(
                 kv_dtype=torch_dtype(plan.kv_dtype),
                 device=device,
                 overlap=overlap,
+                graph_sizes=_graph_sizes(plan, attention),
             ),
             shape,
             assembly.model,
             attention,
         )
+    runner.capture(lambda done, total: progress(Progress("capturing decode steps", done, total)))
     pool = PagePool(plan.memory.num_pages, page_size)
     scheduler = Scheduler(
         pool,
@@ -261,3 +270,16 @@ def build_engine(
         ),
     )
     return Engine(plan, processor, scheduler, runner, overlap=overlap)
+
+
+def _graph_sizes(plan: Plan, attention: AttentionBackend) -> tuple[int, ...]:
+    """The numbers of sequences for which decode steps are captured; none where they cannot be."""
+    if plan.device.type != "cuda" or plan.settings.server.disable_cuda_graph:
+        return ()
+    if not attention.graph_safe:
+        logger.warning(
+            "decode steps are launched kernel by kernel: the attention backend %s cannot be captured",
+            plan.attention.spec.name,
+        )
+        return ()
+    return graph_sizes(plan.limits.max_running_requests)

@@ -11,6 +11,7 @@ import torch
 from pymllm_core.config import Settings
 from pymllm_core.device import DeviceInfo
 from pymllm_core.engine.checkpoint import Checkpoint
+from pymllm_core.engine.graphs import graph_sizes
 from pymllm_core.errors import CheckpointError, ConfigError
 from pymllm_core.plugins import Registry
 from pymllm_core.protocols.model import ModelShape
@@ -165,6 +166,15 @@ def workspace_bytes(shape: ModelShape, running: int, prefill: int, itemsize: int
     return 3 * running * shape.vocab_size * 4 + 16 * tokens * shape.hidden_size * itemsize
 
 
+def graph_bytes(shape: ModelShape, running: int) -> int:
+    """An upper estimate of what captured decode steps hold, in bytes.
+
+    All sizes share one pool, as large as the largest needs: its logits in float32, and its activations, which
+    are small beside them. Each graph takes a few megabytes of the driver's memory.
+    """
+    return running * (shape.vocab_size * 4 + 64 * shape.hidden_size) + len(graph_sizes(running)) * (4 << 20)
+
+
 def unused_settings(settings: Settings, device: DeviceInfo, dtype: str) -> list[str]:
     """Settings that are accepted and concern nothing here, said aloud."""
     server = settings.server
@@ -175,8 +185,8 @@ def unused_settings(settings: Settings, device: DeviceInfo, dtype: str) -> list[
     ]
     if server.enable_mamba_cache:
         notes.append("--server.enable_mamba_cache is unused: this model has no state-space layers")
-    if server.disable_cuda_graph:
-        notes.append("--server.disable_cuda_graph is unused: no installed plugin captures graphs")
+    if server.disable_cuda_graph and device.type != "cuda":
+        notes.append("--server.disable_cuda_graph is unused: there are no CUDA graphs on a CPU")
     if device.type == "cpu" and dtype == "float16":
         notes.append("float16 is slow on CPUs; bfloat16 or float32 is faster here")
     return notes

@@ -1,19 +1,24 @@
 """The runner: turns a batch into tensors in standing buffers, runs the model, samples.
 
 `launch` returns before the device is done; `Launched.read` waits. A step's sampled tokens stay on the
-device in `_last_tokens`, where the next step finds them, so that it can be launched before they are read.
+device, where the next step finds them, so that it can be launched before they are read. Steps of decodes
+alone are replayed from a graph where there are any (`graphs`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pymllm_core.engine.batch import Batch, Chunk
-from pymllm_core.engine.sampler import Sampler, SamplerOutput
+from pymllm_core.engine.graphs import DecodeGraphs
+from pymllm_core.engine.inputs import PageTables, StepInputs
+from pymllm_core.engine.sampler import Sampler, SamplerOutput, uniform
 from pymllm_core.engine.sequence import Sequence
 from pymllm_core.nn.memory import zeros_on_demand
 from pymllm_core.output import TokenLogprob
@@ -26,6 +31,7 @@ class RunnerConfig:
     """Sizes of the standing buffers. vocab_size: the tokens that may be sampled.
 
     overlap: a step may be launched before the last one is read, so that sampled tokens stay on the device.
+    graph_sizes: numbers of sequences for which decode steps are captured; none: no graphs.
     """
 
     max_tokens: int
@@ -38,6 +44,7 @@ class RunnerConfig:
     kv_dtype: torch.dtype
     device: torch.device
     overlap: bool
+    graph_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,9 @@ class Launched:
         self._output = output
         self._event: torch.cuda.Event | None = None
         if device.type != "cuda":
+            if output is not None:
+                # The next step may choose into the same buffer before this one is read.
+                output.tokens = output.tokens.clone()
             return
         if output is not None:
             output.tokens = _to_host(output.tokens)
@@ -98,33 +108,6 @@ def _to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-class _Inputs:
-    """One set of input buffers: written as NumPy on the host, read as tensors on the device."""
-
-    def __init__(self, config: RunnerConfig) -> None:
-        self._device = config.device
-        self._cuda = config.device.type == "cuda"
-        self._host: dict[str, Tensor] = {}
-        self._there: dict[str, Tensor] = {}
-        self.ids = self._make("ids", (config.max_tokens,), torch.int64)
-        self.positions = self._make("positions", (config.max_tokens,), torch.int64)
-        self.slots = self._make("slots", (config.max_tokens,), torch.int64)
-        self.query_start = self._make("query_start", (config.max_rows + 1,), torch.int32)
-        self.kv_lens = self._make("kv_lens", (config.max_rows,), torch.int32)
-
-    def _make(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
-        host = torch.zeros(shape, dtype=dtype, pin_memory=self._cuda)
-        self._host[name] = host
-        self._there[name] = torch.zeros(shape, dtype=dtype, device=self._device) if self._cuda else host
-        array: np.ndarray = host.numpy()
-        return array
-
-    def send(self, name: str, count: int) -> Tensor:
-        """The first `count` entries, on the device."""
-        there = self._there[name][:count]
-        return there.copy_(self._host[name][:count], non_blocking=True) if self._cuda else there
-
-
 class Runner:
     """Owns the KV tensors and the input buffers."""
 
@@ -140,11 +123,40 @@ class Runner:
         size = (slots, shape.num_kv_heads, shape.head_dim)
         self.kv = [LayerKV(self._cache(size), self._cache(size)) for _ in range(shape.num_layers)]
         # Two sets: the copies of the step in flight may not have happened when the next is prepared.
-        self._inputs = [_Inputs(config) for _ in range(2 if config.overlap else 1)]
+        self._inputs = [
+            StepInputs(config.max_tokens, config.max_rows, config.device)
+            for _ in range(2 if config.overlap else 1)
+        ]
         self._turn = 0
-        self._pages = np.zeros((config.max_rows, config.max_pages), dtype=np.int32)
-        self._pages_known = [0] * config.max_rows
-        self._last_tokens = torch.zeros(config.max_rows, dtype=torch.int64, device=config.device)
+        self._pages = PageTables(config.max_rows, config.max_pages)
+        self._graphs: DecodeGraphs | None = None
+        # What the last step sampled, and where among it each sequence's row finds its token.
+        self._tokens = torch.zeros(0, dtype=torch.int64, device=config.device)
+        self._where: dict[int, int] = {}
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether decode steps are replayed from graphs."""
+        return self._graphs is not None
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[int, int], None], **options: Any) -> None:
+        """Capture decode steps of the configured sizes; options: see `DecodeGraphs`."""
+        config = self.config
+        if not config.graph_sizes:
+            return
+        self._graphs = DecodeGraphs(
+            config.graph_sizes,
+            model=self._model,
+            attention=self._attention,
+            kv=self.kv,
+            pages=self._pages,
+            page_size=config.page_size,
+            vocab_size=self._sampler.vocab_size,
+            device=config.device,
+            **options,
+        )
+        self._graphs.prepare(progress)
 
     def _cache(self, size: tuple[int, int, int]) -> Tensor:
         if self.config.device.type == "cpu":
@@ -155,26 +167,41 @@ class Runner:
     def launch(self, batch: Batch) -> Launched:
         """Start computing a batch; everything it needs is copied before this returns."""
         for sequence in batch.admitted:
-            self._pages_known[sequence.row] = 0
+            self._pages.forget(sequence.row)
             self._sampler.admit(sequence)
         chunks = batch.chunks
-        input_ids, ctx = self._prepare(chunks, batch.num_decodes)
-        self._attention.plan(ctx)
-        hidden = self._model.forward(input_ids, ctx)
         sampling = [index for index, chunk in enumerate(chunks) if chunk.samples]
-        if not sampling:
-            return Launched([], None, self.config.device)
         sequences = [chunks[index].sequence for index in sampling]
-        if len(sampling) != hidden.shape[0]:
-            last = torch.tensor(sampling, device=self.config.device) + 1
-            hidden = hidden[(ctx.query_start[last] - 1).long()]
         # `pending` counts the token being sampled here already.
         indices = [s.num_generated + s.pending - 1 for s in sequences]
-        output = self._sampler.sample(self._model.logits(hidden), sequences, indices)
+        if self._graphs is not None and self._graphs.fits(chunks):
+            tokens, logits = self._graphs.run(chunks, self._tokens, self._where)
+            if self._sampler.chooses_best(sequences):
+                output = SamplerOutput(tokens)
+            elif (group := self._sampler.common_group(sequences)) and self._graphs.draws(group):
+                numbers = [uniform(s.seed, i) for s, i in zip(sequences, indices, strict=True)]
+                output = SamplerOutput(self._graphs.draw(group, numbers))
+            else:
+                output = self._sampler.sample(logits, sequences, indices)
+                output.tokens = tokens.copy_(output.tokens)
+        else:
+            hidden = self._forward(batch, sampling)
+            if not sampling:
+                return Launched([], None, self.config.device)
+            output = self._sampler.sample(self._model.logits(hidden), sequences, indices)
         if self.config.overlap:
-            rows = torch.tensor([s.row for s in sequences], device=self.config.device)
-            self._last_tokens[rows] = output.tokens
+            self._tokens = output.tokens
+            self._where = {sequence.row: index for index, sequence in enumerate(sequences)}
         return Launched(sequences, output, self.config.device)
+
+    def _forward(self, batch: Batch, sampling: list[int]) -> Tensor:
+        """Hidden states of the rows that are sampled, without a graph."""
+        input_ids, ctx = self._prepare(batch.chunks, batch.num_decodes)
+        if len(sampling) != len(input_ids):
+            last = np.cumsum(ctx.query_lens)[sampling] - 1
+            ctx.output_rows = torch.from_numpy(last).to(self.config.device)
+        self._attention.plan(ctx)
+        return self._model.forward(input_ids, ctx)
 
     def _prepare(self, chunks: tuple[Chunk, ...], num_decodes: int) -> tuple[Tensor, ForwardContext]:
         inputs = self._inputs[self._turn]
@@ -187,18 +214,18 @@ class Runner:
         token = 0
         for index, chunk in enumerate(chunks):
             sequence, start, count = chunk.sequence, chunk.start, chunk.count
-            self._learn_pages(sequence)
+            self._pages.learn(sequence)
             if chunk.from_device:
                 from_device.append(index)
             else:
                 inputs.ids[token : token + count] = sequence.tokens[start : start + count]
             if count == 1:
                 inputs.positions[token] = start
-                inputs.slots[token] = self._pages[sequence.row, start // size] * size + start % size
+                inputs.slots[token] = self._pages.table[sequence.row, start // size] * size + start % size
             else:
                 positions = np.arange(start, start + count)
                 inputs.positions[token : token + count] = positions
-                pages = self._pages[sequence.row, positions // size].astype(np.int64)
+                pages = self._pages.table[sequence.row, positions // size].astype(np.int64)
                 inputs.slots[token : token + count] = pages * size + positions % size
             inputs.query_start[index] = token
             token += count
@@ -206,13 +233,15 @@ class Runner:
         inputs.kv_lens[: len(chunks)] = kv_lens
         width = -(-max(kv_lens) // size)
         # Advanced indexing copies, so the table may change while the step is in flight.
-        page_table = torch.from_numpy(self._pages[rows, :width])
+        page_table = torch.from_numpy(self._pages.table[rows, :width])
         ids = inputs.send("ids", token)
         if from_device:
             # Decodes come first and have one token each: an index into the batch is one into the tokens.
             where = torch.tensor(from_device, device=self.config.device)
-            which = torch.tensor([rows[index] for index in from_device], device=self.config.device)
-            ids[where] = self._last_tokens[which]
+            which = torch.tensor(
+                [self._where[rows[index]] for index in from_device], device=self.config.device
+            )
+            ids[where] = self._tokens[which]
         return ids, ForwardContext(
             positions=inputs.send("positions", token),
             slots=inputs.send("slots", token),
@@ -226,11 +255,3 @@ class Runner:
             kv=self.kv,
             attention=self._attention,
         )
-
-    def _learn_pages(self, sequence: Sequence) -> None:
-        """Copy the pages that a sequence gained since its last step into the table's row."""
-        row, pages = sequence.row, sequence.pages
-        known = self._pages_known[row]
-        if known < len(pages):
-            self._pages[row, known : len(pages)] = pages[known:]
-            self._pages_known[row] = len(pages)

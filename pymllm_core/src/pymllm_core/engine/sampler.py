@@ -39,8 +39,11 @@ class SamplerOutput:
 
 
 @dataclass(slots=True)
-class _Group:
-    """Rows that are drawn the same way. candidates 0: no filter; -1: the whole sorted vocabulary."""
+class Group:
+    """Rows that are drawn the same way. candidates 0: no filter; -1: the whole sorted vocabulary.
+
+    index: [R] int64, the rows. The parameters are [R, 1] float64, on the device.
+    """
 
     candidates: int
     rows: list[int] = field(default_factory=list)
@@ -57,12 +60,17 @@ class _Prepared:
 
     sequences: list[Sequence]
     all_greedy: bool
-    groups: list[_Group]
+    groups: list[Group]
     penalised: list[int]
     buffers: Tensor | None
     penalties: Tensor | None
     bias: tuple[Tensor, Tensor, Tensor] | None
     logprobs: int | None
+
+    @property
+    def plain(self) -> bool:
+        """No penalties, no biases, no log-probabilities."""
+        return self.penalties is None and self.bias is None and self.logprobs is None
 
 
 class Sampler:
@@ -72,7 +80,7 @@ class Sampler:
     """
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._max_rows = max_rows
         self._device = device
         self._generated: Tensor | None = None
@@ -87,7 +95,7 @@ class Sampler:
             return
         if self._generated is None:
             # Taken at the first need: most deployments never penalise.
-            size = (self._max_rows, self._vocab_size)
+            size = (self._max_rows, self.vocab_size)
             self._generated = torch.zeros(size, dtype=torch.int32, device=self._device)
             self._prompted = torch.zeros(size, dtype=torch.bool, device=self._device)
         assert self._prompted is not None
@@ -95,21 +103,38 @@ class Sampler:
         self._generated[row].zero_()
         self._prompted[row].zero_()
         prompt, generated = (
-            torch.tensor([t for t in tokens if t < self._vocab_size], dtype=torch.int64, device=self._device)
+            torch.tensor([t for t in tokens if t < self.vocab_size], dtype=torch.int64, device=self._device)
             for tokens in (sequence.tokens[: sequence.prompt_len], sequence.tokens[sequence.prompt_len :])
         )
         self._prompted[row, prompt] = True
         self._generated[row].index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
+
+    def chooses_best(self, sequences: list[Sequence]) -> bool:
+        """Whether every row gets its largest logit and nothing else is asked for."""
+        prepared = self._prepared_for(sequences)
+        return prepared.all_greedy and prepared.plain
+
+    def common_group(self, sequences: list[Sequence]) -> Group | None:
+        """The group of all rows, where all are drawn the same way and nothing else is asked for."""
+        prepared = self._prepared_for(sequences)
+        if not prepared.plain or len(prepared.groups) != 1:
+            return None
+        (group,) = prepared.groups
+        return group if len(group.rows) == len(sequences) else None
+
+    def _prepared_for(self, sequences: list[Sequence]) -> _Prepared:
+        prepared = self._prepared
+        if prepared is None or prepared.sequences != sequences:
+            prepared = self._prepared = self._prepare(sequences)
+        return prepared
 
     def sample(self, logits: Tensor, sequences: list[Sequence], indices: list[int]) -> SamplerOutput:
         """Choose a token for every row of logits [R, vocab] float32, which may be overwritten.
 
         indices: how many tokens each sequence has generated before this one.
         """
-        prepared = self._prepared
-        if prepared is None or prepared.sequences != sequences:
-            prepared = self._prepared = self._prepare(sequences)
-        logits = logits[:, : self._vocab_size]
+        prepared = self._prepared_for(sequences)
+        logits = logits[:, : self.vocab_size]
         if prepared.penalties is not None:
             self._penalise(logits, prepared)
         if prepared.bias is not None:
@@ -122,7 +147,7 @@ class Sampler:
                 dtype=torch.float64,
             ).to(self._device, non_blocking=True)
             for group in prepared.groups:
-                tokens[group.index] = self._draw(logits[group.index], group, draws[group.index])
+                tokens[group.index] = draw(logits[group.index], group, draws[group.index])
         if prepared.penalties is not None:
             assert self._generated is not None
             rows = torch.tensor(prepared.penalised, device=self._device)
@@ -133,16 +158,16 @@ class Sampler:
 
     def _prepare(self, sequences: list[Sequence]) -> _Prepared:
         params = [sequence.request.params for sequence in sequences]
-        groups: dict[int, _Group] = {}
+        groups: dict[int, Group] = {}
         for row, p in enumerate(params):
             if not p.greedy:
                 size = self._candidates(p)
-                groups.setdefault(size, _Group(size)).rows.append(row)
+                groups.setdefault(size, Group(size)).rows.append(row)
         for group in groups.values():
             chosen = [params[row] for row in group.rows]
             group.index = torch.tensor(group.rows, device=self._device)
             group.temperature = self._column([p.temperature for p in chosen])
-            group.top_k = self._column([p.top_k if p.top_k > 0 else self._vocab_size for p in chosen])
+            group.top_k = self._column([p.top_k if p.top_k > 0 else self.vocab_size for p in chosen])
             group.top_p = self._column([p.top_p for p in chosen])
             group.min_p = self._column([p.min_p for p in chosen])
         penalised = [row for row, p in enumerate(params) if p.penalised]
@@ -160,7 +185,7 @@ class Sampler:
             (row, token, value)
             for row, p in enumerate(params)
             for token, value in p.logit_bias.items()
-            if token < self._vocab_size
+            if token < self.vocab_size
         ]
         bias = None
         if triples:
@@ -188,7 +213,7 @@ class Sampler:
     def _candidates(self, params: SamplingParams) -> int:
         if params.top_k > 0:
             for size in _CANDIDATES:
-                if params.top_k <= size < self._vocab_size:
+                if params.top_k <= size < self.vocab_size:
                     return size
             return -1
         return -1 if params.top_p < 1.0 else 0
@@ -206,27 +231,31 @@ class Sampler:
         chosen = torch.where(seen, repeated, chosen)
         logits[rows] = chosen - frequency * counts - presence * (counts > 0)
 
-    def _draw(self, logits: Tensor, group: _Group, draws: Tensor) -> Tensor:
-        """Sample rows that share a way of being cut. Sums run in float64, in the order of the columns."""
-        size = group.candidates
-        if size == 0:
-            weights = _weights(logits, logits.amax(dim=-1, keepdim=True), group.temperature)
-            weights = weights * (weights >= group.min_p)
-            return _pick(weights, draws)
-        if size == -1:
-            values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        else:
-            values, ids = logits.topk(size, dim=-1)
-        weights = _weights(values, values[:, :1], group.temperature)
-        rank = torch.arange(values.shape[1], device=values.device)
-        weights = weights * (rank < group.top_k)
-        # The most likely token has weight 1, so that min_p compares with the weight itself. As in vLLM it acts
-        # before top_p.
+
+def draw(logits: Tensor, group: Group, draws: Tensor) -> Tensor:
+    """Sample rows that share a way of being cut; [R] int64. Nothing is asked of the device, so it can be captured.
+
+    logits: [R, vocab] float32. draws: [R] float64. Sums run in float64, in the order of the columns.
+    """
+    size = group.candidates
+    if size == 0:
+        weights = _weights(logits, logits.amax(dim=-1, keepdim=True), group.temperature)
         weights = weights * (weights >= group.min_p)
-        before = weights.cumsum(dim=-1)
-        keep = (before - weights) < group.top_p * before[:, -1:]
-        keep[:, 0] = True
-        return ids.gather(1, _pick(weights * keep, draws)[:, None])[:, 0]
+        return _pick(weights, draws)
+    if size == -1:
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    else:
+        values, ids = logits.topk(size, dim=-1)
+    weights = _weights(values, values[:, :1], group.temperature)
+    rank = torch.arange(values.shape[1], device=values.device)
+    weights = weights * (rank < group.top_k)
+    # The most likely token has weight 1, so that min_p compares with the weight itself. As in vLLM it acts
+    # before top_p.
+    weights = weights * (weights >= group.min_p)
+    before = weights.cumsum(dim=-1)
+    keep = (before - weights) < group.top_p * before[:, -1:]
+    keep[:, 0] = True
+    return ids.gather(1, _pick(weights * keep, draws)[:, None])[:, 0]
 
 
 def _weights(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pymllm_core.errors import EngineError
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a start has come: what is being done, and bytes of it."""
+    """How far a start has come: what is being done, and how much of it (bytes, or steps)."""
 
     stage: str
     done: int = 0

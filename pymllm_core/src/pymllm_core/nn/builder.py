@@ -8,9 +8,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from pymllm_core.errors import ConfigError
 from pymllm_core.nn import ops
 from pymllm_core.nn.attention import Attention
 from pymllm_core.nn.embedding import Embedding, EmbeddingNode, QuantisedEmbedding
+from pymllm_core.nn.int8_head import Int8HeadScheme
 from pymllm_core.nn.linear import DenseScheme, Linear
 from pymllm_core.nn.norm import RMSNorm
 from pymllm_core.nn.rope import RopeConfig, Rotary
@@ -45,7 +47,7 @@ class Builder:
 
     dtype: the computation's. max_positions: the longest sequence of this engine. kernel: see
     `KernelFactory`. quant: the checkpoint's quantisation method, None for none. stored: names and shapes of
-    the checkpoint's tensors, None where they are not known.
+    the checkpoint's tensors, None where they are not known. int8_head: quantise the output head at loading.
     """
 
     def __init__(
@@ -56,14 +58,17 @@ class Builder:
         kernel: KernelFactory,
         quant: QuantMethod | None = None,
         stored: Stored | None = None,
+        int8_head: bool = False,
     ) -> None:
         self.dtype = dtype
         self.max_positions = max_positions
         self.nodes: list[Node] = []
         self.ignored: set[str] = set()
+        self.head: Linear | None = None
         self._kernel = kernel
         self._quant = quant
         self._stored = stored
+        self._int8_head = int8_head
 
     def linear(
         self,
@@ -105,10 +110,20 @@ class Builder:
             self.ignored.add(f"{name}.weight")
             name, module = embedding.name, "Embedding"
         part = LinearPart(name, embedding.vocab_size)
-        return self._add(self._make(LinearLayer((part,), embedding.hidden_size, module=module)))
+        layer = LinearLayer((part,), embedding.hidden_size, module=module)
+        scheme = None
+        if self._int8_head:
+            if self._scheme(layer) is not None:
+                raise ConfigError(
+                    f"--quantization.lm_head int8 was asked for, but the checkpoint's {name} is quantised already; "
+                    "leave the flag out"
+                )
+            scheme = Int8HeadScheme(layer, self.dtype)
+        self.head = self._add(self._make(layer, scheme))
+        return self.head
 
-    def _make(self, layer: LinearLayer) -> Linear:
-        scheme = self._scheme(layer) or DenseScheme(layer, self.dtype)
+    def _make(self, layer: LinearLayer, scheme: LinearScheme | None = None) -> Linear:
+        scheme = scheme or self._scheme(layer) or DenseScheme(layer, self.dtype)
         return Linear(layer, scheme, self._kernel(scheme.operation, scheme.shape))
 
     def _scheme(self, layer: LinearLayer) -> LinearScheme | None:
@@ -147,4 +162,7 @@ class Builder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights; a tensor that two nodes read is counted twice where both keep a copy."""
-        return sum(slot.num_bytes for node in self.nodes for slot in node.slots())
+        return sum(
+            node.resident_bytes if isinstance(node, Linear) else sum(slot.num_bytes for slot in node.slots())
+            for node in self.nodes
+        )

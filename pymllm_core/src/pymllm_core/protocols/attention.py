@@ -41,7 +41,10 @@ class ForwardContext:
     positions: [T] int64. slots: [T] int64, where each token's K and V go. query_start: [S + 1] int32, rows
     of a sequence. kv_lens: [S] int32, length of each sequence after this pass. page_table: [S, P] int32.
     kv: one `LayerKV` a layer. query_lens and kv_lens_host are the same numbers as lists, so that no
-    backend has to read the device. page_size in tokens.
+    backend has to read the device. page_size in tokens. output_rows: [R] int64, the rows whose hidden states
+    are wanted after the last layer; None for all. captured: the pass is captured in a graph or replayed from
+    one, each time with this very context. same_pages: the page table is what it was when a pass was last planned
+    with this context.
     """
 
     positions: Tensor
@@ -55,10 +58,20 @@ class ForwardContext:
     page_size: int
     kv: list[LayerKV]
     attention: AttentionBackend
+    output_rows: Tensor | None = None
+    captured: bool = False
+    same_pages: bool = False
 
 
 class AttentionBackend(Protocol):
-    """Attends over the paged cache. K and V of this pass are in the cache before `attend` is called."""
+    """Attends over the paged cache. K and V of this pass are in the cache before `attend` is called.
+
+    graph_safe: `attend` of a pass of decodes alone may be captured in a CUDA graph. It then reads nothing but
+    the context's tensors, whose addresses and shapes stay while their contents change; `page_table` is as wide
+    as the longest sequence may become. `plan` is called before the capture and before every replay.
+    """
+
+    graph_safe: bool
 
     def __init__(self, config: AttentionConfig) -> None: ...
 

@@ -41,7 +41,11 @@ class Model(Protocol):
     def __init__(self, config: Mapping[str, Any], builder: Builder) -> None: ...
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        """[T] int64 token ids to [T, hidden_size], before the final norm."""
+        """[T] int64 token ids to [R, hidden_size], before the final norm.
+
+        R are the rows `ctx.output_rows` in their order, all T where it is None. Most of a prompt's rows serve
+        only the cache: the last layer need not finish them.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -102,9 +102,10 @@ class LogitsRecorder:
         runner._model = self  # type: ignore[assignment]
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        wanted, ctx.output_rows = ctx.output_rows, None
         hidden = self._model.forward(input_ids, ctx)
         self._rows = self._model.logits(hidden).clone()
-        return hidden
+        return hidden if wanted is None else hidden[wanted]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._model.logits(hidden)

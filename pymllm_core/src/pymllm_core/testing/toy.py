@@ -85,7 +85,7 @@ class ToyModel:
         x: Tensor = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x, ctx)
-        return x
+        return x if ctx.output_rows is None else x[ctx.output_rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden, norm=self.norm, out_dtype=torch.float32)

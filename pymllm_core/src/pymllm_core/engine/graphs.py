@@ -1,0 +1,292 @@
+"""Decode steps as CUDA graphs: one copy of a few numbers to the device, one replay, no launch from Python.
+
+A graph holds a whole step of `size` sequences, from the token ids to the greedy choice, over buffers that
+never move. The chosen tokens are written where the next step reads its ids, so that as long as the same
+sequences run, a step needs nothing from the one before it. A batch that is smaller than its graph is filled
+up with rows that read and write the page of nobody.
+
+Sampling by the usual parameters (temperature, top_k with or without top_p and min_p) has graphs of its own,
+which are replayed after the step's. What is rarer is launched operator by operator (`Sampler.sample`).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pymllm_core.engine.batch import Chunk
+from pymllm_core.engine.inputs import PageTables
+from pymllm_core.engine.sampler import Group, draw
+from pymllm_core.protocols.attention import AttentionBackend, ForwardContext, LayerKV
+from pymllm_core.protocols.model import Model
+
+
+def graph_sizes(max_running: int) -> tuple[int, ...]:
+    """The ladder of batch sizes for up to `max_running` sequences.
+
+    Steps of small batches are limited by the weights that they read, so that padding costs little there;
+    every size costs time at the start.
+    """
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, max_running + 128, 128)]
+    return (*(size for size in steps if size < max_running), max_running)
+
+
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+"""From a step to what repeats it, and the tensor that holds the step's result after each repetition."""
+
+CAPTURED_DRAWS = (0, 64)
+"""The numbers of candidates (`sampler.Group`) for which sampling is captured."""
+
+
+class _Host:
+    """One set of pinned buffers: the numbers of a step and its page table."""
+
+    def __init__(self, size: int, pages: int, cuda: bool) -> None:
+        # positions and slots (int64) and lengths (int32) in one piece: one copy instead of three.
+        self.numbers = torch.zeros(5 * size, dtype=torch.int32, pin_memory=cuda)
+        self.positions, self.slots, self.kv_lens = _views(self.numbers, size)
+        self.table = torch.zeros((size, pages), dtype=torch.int32, pin_memory=cuda)
+        self.ids = torch.zeros(size, dtype=torch.int64, pin_memory=cuda)
+        self.draws = torch.zeros(size, dtype=torch.float64, pin_memory=cuda)
+
+
+def _views(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    wide = numbers[: 4 * size].view(torch.int64)
+    return wide[:size], wide[size:], numbers[4 * size :]
+
+
+class DecodeGraphs:
+    """Captured decode steps of up to max(sizes) sequences; see the module.
+
+    ids: [max size] int64, the tokens chosen by the last replay. capture: see `Capture`; by default CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        model: Model,
+        attention: AttentionBackend,
+        kv: list[LayerKV],
+        pages: PageTables,
+        page_size: int,
+        vocab_size: int,
+        device: torch.device,
+        capture: Capture | None = None,
+    ) -> None:
+        self.sizes = sorted(sizes)
+        largest, cuda = self.sizes[-1], device.type == "cuda"
+        self._model, self._attention, self._kv = model, attention, kv
+        self._pages, self._page_size, self._vocab_size = pages, page_size, vocab_size
+        self._capture = capture or _CudaCapture(device)
+        self._replays: dict[int, Callable[[], None]] = {}
+        self._logits: dict[int, Tensor] = {}
+        self._contexts: dict[int, ForwardContext] = {}
+        # The page after the last belongs to nobody (`Runner`).
+        self._spare = kv[0].k.shape[0] // page_size - 1
+        width = pages.table.shape[1]
+        self.ids = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._numbers = torch.zeros(5 * largest, dtype=torch.int32, device=device)
+        self._positions, self._slots, self._kv_lens = _views(self._numbers, largest)
+        self._table = torch.full((largest, width), self._spare, dtype=torch.int32, device=device)
+        self._query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
+        # Two sets: the copies of the step in flight may not have happened when the next is prepared.
+        self._hosts = [_Host(largest, width, cuda) for _ in range(2)]
+        for host in self._hosts:
+            host.slots.fill_(self._spare * page_size)
+            host.kv_lens.fill_(1)
+        self._turn = 0
+        self._order: list[object] = []
+        self._size = 0
+        self._draw_replays: dict[tuple[int, int], Callable[[], None]] = {}
+        self._uniforms = torch.zeros(largest, dtype=torch.float64, device=device)
+        # temperature, top_k, top_p and min_p of each row
+        self._parameters = torch.ones((4, largest, 1), dtype=torch.float64, device=device)
+        self._group: Group | None = None
+
+    def fits(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether a graph can compute this step: nothing but decodes, each of which samples."""
+        return len(chunks) <= self.sizes[-1] and all(c.count == 1 and c.samples for c in chunks)
+
+    def prepare(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Capture every size, the largest first, so that the others find their memory in its pool."""
+        self._numbers.copy_(self._hosts[0].numbers)
+        for done, size in enumerate(reversed(self.sizes)):
+            progress(done, len(self.sizes))
+            ctx = self._contexts[size] = self._context(size)
+            self._attention.plan(ctx)
+            self._replays[size], logits = self._capture(partial(self._step, ctx, size))
+            for candidates in CAPTURED_DRAWS:
+                if candidates < self._vocab_size:
+                    draw_step = partial(self._draw_step, candidates, logits)
+                    self._draw_replays[candidates, size], _ = self._capture(draw_step)
+            # Only now: what samples from the logits must not have its intermediate results in their memory.
+            self._logits[size] = _borrow(logits) if logits.is_cuda else logits
+        progress(len(self.sizes), len(self.sizes))
+
+    def run(self, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> tuple[Tensor, Tensor]:
+        """Start a step. Returns the greedy tokens [B] int64 and the logits [B, vocab] float32.
+
+        Both are valid until the next call. earlier, where: the tokens of the step before, and which of them
+        belongs to a sequence's row: those that the host does not know yet are taken from there.
+        """
+        count = len(chunks)
+        size = self.sizes[bisect.bisect_left(self.sizes, count)]
+        host = self._hosts[self._turn]
+        self._turn = 1 - self._turn
+        sequences = [chunk.sequence for chunk in chunks]
+        news = False
+        for sequence in sequences:
+            news |= self._pages.learn(sequence)
+        rows = np.fromiter((s.row for s in sequences), np.int64, count)
+        positions = np.fromiter((chunk.start for chunk in chunks), np.int64, count)
+        numbers = (host.positions.numpy(), host.slots.numpy(), host.kv_lens.numpy())
+        pages = self._pages.table[rows, positions // self._page_size].astype(np.int64)
+        for array, values, padding in zip(
+            numbers,
+            (positions, pages * self._page_size + positions % self._page_size, positions + 1),
+            (0, self._spare * self._page_size, 1),
+            strict=True,
+        ):
+            array[:count] = values
+            array[count:size] = padding
+        self._numbers.copy_(host.numbers, non_blocking=True)
+        steady = (
+            size == self._size
+            and earlier.data_ptr() == self.ids.data_ptr()
+            and all(chunk.from_device for chunk in chunks)
+            and len(self._order) == count
+            and all(one is other for one, other in zip(self._order, sequences, strict=True))
+        )
+        same_pages = steady and not news
+        if not same_pages:
+            width = int(positions.max()) // self._page_size + 1
+            host.table[:count, :width].copy_(torch.from_numpy(self._pages.table[rows, :width]))
+            host.table[count:size, :width] = self._spare
+            self._table[:size, :width].copy_(host.table[:size, :width], non_blocking=True)
+        if not steady:
+            self._order, self._size = list(sequences), size
+            self._send_ids(host, chunks, earlier, where)
+        ctx = self._contexts[size]
+        ctx.kv_lens_host, ctx.same_pages = numbers[2][:size].tolist(), same_pages
+        self._attention.plan(ctx)
+        self._replays[size]()
+        return self.ids[:count], self._logits[size][:count]
+
+    def draws(self, group: Group) -> bool:
+        """Whether sampling of this kind is captured."""
+        return (group.candidates, self._size) in self._draw_replays
+
+    def draw(self, group: Group, numbers: list[float]) -> Tensor:
+        """Sample from the logits of the step just started: [B] int64, valid until the next call of `run`.
+
+        numbers: one in [0, 1) for each row. All rows are of the one group.
+        """
+        count = len(numbers)
+        # The set of buffers that this step has used (`run` has moved on).
+        host = self._hosts[1 - self._turn]
+        host.draws.numpy()[:count] = numbers
+        self._uniforms.copy_(host.draws, non_blocking=True)
+        if group is not self._group:
+            self._group = group
+            columns = (group.temperature, group.top_k, group.top_p, group.min_p)
+            for parameter, column in zip(self._parameters, columns, strict=True):
+                parameter[:count] = column
+        self._draw_replays[group.candidates, self._size]()
+        return self.ids[:count]
+
+    def _send_ids(self, host: _Host, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> None:
+        ids = host.ids.numpy()
+        ids[:] = 0
+        here, there = [], []
+        for index, chunk in enumerate(chunks):
+            if chunk.from_device:
+                here.append(index)
+                there.append(where[chunk.sequence.row])
+            else:
+                ids[index] = chunk.sequence.tokens[chunk.start]
+        device = self.ids.device
+        taken = earlier[torch.tensor(there, device=device)] if there else None
+        self.ids.copy_(host.ids, non_blocking=True)
+        if taken is not None:
+            self.ids[torch.tensor(here, device=device)] = taken
+
+    def _context(self, size: int) -> ForwardContext:
+        return ForwardContext(
+            positions=self._positions[:size],
+            slots=self._slots[:size],
+            query_start=self._query_start[: size + 1],
+            kv_lens=self._kv_lens[:size],
+            page_table=self._table[:size],
+            num_decodes=size,
+            query_lens=[1] * size,
+            kv_lens_host=[1] * size,
+            page_size=self._page_size,
+            kv=self._kv,
+            attention=self._attention,
+            captured=True,
+        )
+
+    def _step(self, ctx: ForwardContext, size: int) -> Tensor:
+        ids = self.ids[:size]
+        logits = self._model.logits(self._model.forward(ids, ctx))
+        torch.argmax(logits[:, : self._vocab_size], dim=-1, out=ids)
+        return logits
+
+    def _draw_step(self, candidates: int, logits: Tensor) -> Tensor:
+        size = len(logits)
+        temperature, top_k, top_p, min_p = self._parameters[:, :size]
+        group = Group(candidates, [], self.ids, temperature, top_k, top_p, min_p)
+        tokens = draw(logits[:, : self._vocab_size], group, self._uniforms[:size])
+        self.ids[:size] = tokens
+        return tokens
+
+
+class _CudaCapture:
+    """Makes CUDA graphs that share one memory pool: replays never overlap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        assert self._stream is not None
+        # Once outside of the capture: kernels compile and libraries take their workspace at their first call.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            step()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = step()
+        return graph.replay, result
+
+
+class _Borrowed:
+    """Device memory by address (https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html)."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.dtype == torch.float32
+        assert tensor.is_contiguous()
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": "<f4",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _borrow(tensor: Tensor) -> Tensor:
+    """The same memory without owning it.
+
+    The logits of all sizes would take gigabytes side by side. Not being owned, the memory is used by the
+    graphs captured afterwards as well, and holds these logits until another graph is replayed.
+    """
+    return torch.as_tensor(_Borrowed(tensor), device=tensor.device)

@@ -1,0 +1,159 @@
+"""Decode steps over standing buffers (`engine.graphs`), with a replay that computes the step again on the CPU."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter as Counted
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pymllm_core.engine.engine import Engine
+from pymllm_core.engine.graphs import DecodeGraphs, graph_sizes
+from pymllm_core.request import Request, SamplingParams
+from pymllm_core.testing.checkpoints import write_toy
+from pymllm_core.testing.engines import check_idle, complete, greedy, join, make_engine, run
+
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    write_toy(folder)
+    return folder
+
+
+class Counter:
+    """Captures by computing again; counts the replays."""
+
+    def __init__(self) -> None:
+        self.replays: Counted[str] = Counted()
+
+    def __call__(self, step: Any) -> Any:
+        result: torch.Tensor = step().clone()
+
+        def replay() -> None:
+            self.replays[step.func.__name__] += 1
+            result.copy_(step())
+
+        return replay, result
+
+
+def with_graphs(folder: Path, sizes: tuple[int, ...], **settings: Any) -> tuple[Engine, Counter]:
+    """An engine whose decode steps run over the buffers of graphs."""
+    engine = make_engine(folder, max_running_requests=max(sizes), **settings)
+    runner, counter = engine._runner, Counter()
+    object.__setattr__(runner.config, "graph_sizes", sizes)
+    runner.capture(lambda done, total: None, capture=counter)
+    # Nothing that padding reads may matter: what belongs to nobody is not a number.
+    spare = runner.config.num_pages * runner.config.page_size
+    with torch.inference_mode():
+        for kv in runner.kv:
+            kv.k[spare:], kv.v[spare:] = torch.nan, torch.nan
+    return engine, counter
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, VOCAB) for _ in range(n)] for n in lengths]
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
+@pytest.mark.parametrize("radix", [False, True], ids=["chunk", "radix"])
+@pytest.mark.parametrize("pages", [None, 40], ids=["roomy", "tiny"])
+def test_answers_do_not_depend_on_graphs(toy: Path, overlap: bool, radix: bool, pages: int | None) -> None:
+    """Sequences of unlike lengths come and go, sampled in every way, with preemption where memory is tiny."""
+    settings: dict[str, Any] = {
+        "overlap": overlap,
+        "disable_radix_cache": not radix,
+        "max_prefill_tokens": 16,
+        "radix_cache_page_size": 2,
+    }
+    if pages is not None:
+        settings["max_total_tokens"] = 2 * pages
+    prompts = prompts_of([3, 9, 14, 5, 11, 2, 8, 1, 17])
+    params: list[SamplingParams] = []
+    for index in range(len(prompts)):
+        tokens = 5 + 7 * index % 23
+        if index % 3 == 0:
+            params.append(greedy(tokens))
+        elif index % 3 == 1:
+            params.append(SamplingParams(max_tokens=tokens, temperature=0.9, seed=index, ignore_eos=True))
+        else:
+            params.append(greedy(tokens, repetition_penalty=1.3, logprobs=2))
+    plain = make_engine(toy, max_running_requests=6, **settings)
+    engine, counter = with_graphs(toy, (1, 2, 4, 6), **settings)
+    for _ in range(2):  # the second time with prefixes in the cache
+        expected, got = complete(plain, prompts, params), complete(engine, prompts, params)
+        assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+        for answer, other in zip(got, expected, strict=True):
+            assert (answer.logprobs is None) == (other.logprobs is None)
+    assert counter.replays["_step"] > 20
+    check_idle(engine)
+
+
+def test_steady_steps_send_neither_ids_nor_tables(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, counter = with_graphs(toy, (1, 2, 4), overlap=True)
+    sent: list[int] = []
+    original = DecodeGraphs._send_ids
+
+    def count(self: DecodeGraphs, *args: Any) -> None:
+        sent.append(counter.replays["_step"])
+        original(self, *args)
+
+    monkeypatch.setattr(DecodeGraphs, "_send_ids", count)
+    complete(engine, prompts_of([3, 5, 7]), greedy(30))
+    assert counter.replays["_step"] > 25
+    # When the prompts are read, and when the number of sequences changes.
+    assert len(sent) <= 3
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.9}, {"top_k": 5, "min_p": 0.1}]
+)
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
+def test_usual_sampling_is_captured(toy: Path, overlap: bool, filters: dict[str, Any]) -> None:
+    """The same tokens as without graphs, for unlike parameters in one batch, whose composition changes."""
+    prompts = prompts_of([3, 5, 7, 4])
+    params = [
+        SamplingParams(max_tokens=9 + 4 * i, temperature=0.6 + 0.3 * i, seed=i, ignore_eos=True, **filters)
+        for i in range(4)
+    ]
+    expected = complete(make_engine(toy), prompts, params)
+    engine, counter = with_graphs(toy, (1, 2, 4), overlap=overlap)
+    got = complete(engine, prompts, params)
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+    assert counter.replays["_draw_step"] == counter.replays["_step"] > 15
+
+
+def test_an_abort_in_the_middle_leaves_the_others_alone(toy: Path) -> None:
+    prompts = prompts_of([4, 6, 3])
+    expected = complete(make_engine(toy), prompts, greedy(20))
+    engine, _ = with_graphs(toy, (1, 2, 4), overlap=True)
+    deltas: dict[str, list[Any]] = {"0": [], "1": [], "2": []}
+    for index, prompt in enumerate(prompts):
+        engine.add(Request(str(index), tuple(prompt), greedy(20)))
+    for step in range(200):
+        if not engine.has_work:
+            break
+        if step == 6:
+            assert engine.abort("1") is not None
+        for delta in engine.step():
+            deltas[delta.request_id].append(delta)
+    for index in (0, 2):
+        assert join(deltas[str(index)]).token_ids == expected[index].token_ids
+    again = run(engine, [Request("again", tuple(prompts[1]), greedy(20))])
+    assert again["again"].token_ids == expected[1].token_ids
+    check_idle(engine)
+
+
+def test_the_ladder_covers_every_size_once() -> None:
+    for limit in (1, 2, 3, 7, 8, 9, 32, 200, 256, 1000):
+        sizes = graph_sizes(limit)
+        assert list(sizes) == sorted(set(sizes))
+        assert sizes[-1] == limit
+        assert sizes[0] == 1
+    assert len(graph_sizes(256)) < 20
