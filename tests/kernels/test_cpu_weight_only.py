@@ -201,6 +201,35 @@ def test_zero_points_of_rows_far_from_zero(bits: int, rows: int, k: int, groups:
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [1, 2, 12, 13, 40])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize(("n", "k", "groups"), [(50, 256, 8), (32, 1024, 4), (10, 48, 2)])
+def test_columns_in_any_order(
+    bits: int, rows: int, symmetric: bool, equal: bool, n: int, k: int, groups: int
+) -> None:
+    """g_idx, in groups of one size as GPTQ writes them, and of any sizes."""
+    g = torch.Generator().manual_seed(k)
+    tensors, weight = tensors_of(bits, n, k, groups, symmetric=symmetric)
+    codes = unpack_int4(tensors["weight"], k) if bits == 4 else tensors["weight"]
+    g_idx = torch.arange(k) // (k // groups)
+    if not equal:
+        g_idx = torch.randint(0, groups - 1, (k,), generator=g)  # the last group has no column
+    g_idx = g_idx[torch.randperm(k, generator=g)].to(torch.int32)
+    zero_point = tensors.get("zero_point")
+    weight = dequantize(codes, tensors["scale"].double(), zero_point, g_idx)
+    x, norm = randn(g, rows, k), (randn(g, k), 1e-6)
+    linear = CpuWeightOnlyLinear(bits)
+    packed = linear.pack({**tensors, "g_idx": g_idx})
+    out = linear.apply(x, packed, out_dtype=torch.float32, out=poisoned(rows, n, torch.float32))
+    assert rel_error(out, reference(x, weight)) < FP32_BOUND
+    out = linear.apply(x, packed, norm=norm, out_dtype=torch.float32)
+    assert rel_error(out, reference(x, weight, norm=norm)) < 5e-4
+    alone = linear.apply(x[-1:], packed, norm=norm, out_dtype=torch.float32)
+    assert torch.equal(alone, out[-1:])
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_nan_in_a_row_stays_in_that_row(bits: int) -> None:
     for symmetric, groups in product((True, False), (1, 2)):
         tensors, _ = tensors_of(bits, 40, 64, groups, symmetric=symmetric)
@@ -241,8 +270,11 @@ def test_wrong_arguments_are_refused() -> None:
         linear.pack({**tensors, "scale": torch.zeros(15, 2).bfloat16()})
     with pytest.raises(ValueError, match="zero_point must be int8"):
         linear.pack({**tensors, "zero_point": torch.zeros(16, 1, dtype=torch.int8)})
-    with pytest.raises(ValueError, match="not known to this kernel: g_idx"):
-        linear.pack({**tensors, "g_idx": torch.zeros(64, dtype=torch.int32)})
+    with pytest.raises(ValueError, match="not known to this kernel: weight_scale"):
+        linear.pack({**tensors, "weight_scale": torch.zeros(64)})
+    for g_idx in (torch.zeros(63, dtype=torch.int32), torch.full((64,), 2), torch.full((64,), -1)):
+        with pytest.raises(ValueError, match="g_idx must hold a group under 2 for each of 64 columns"):
+            linear.pack({**tensors, "g_idx": g_idx})
     for groups in (3, 16):
         with pytest.raises(ValueError, match="a multiple of 8 columns"):
             linear.pack({**tensors, "scale": torch.ones(16, groups).bfloat16()})

@@ -86,20 +86,19 @@ def _triton_kernels() -> list[KernelSpec]:
 
 
 def _weight_only() -> list[KernelSpec]:
-    zero, one = ShapeRule(one_of=(0,)), ShapeRule(one_of=(1,))
-    several = {"group_size": ShapeRule(multiple_of=8)}
+    several, one = {"group_size": ShapeRule(multiple_of=8)}, {"groups": ShapeRule(one_of=(1,))}
     return [
         KernelSpec(
             operation=operation,
             name=name,
             implementation=f"pymllm_kernels.cpu_nodes:{node}",
-            needs=_cpu(g_idx=zero, **groups),
+            needs=_cpu(**groups),
             priority=priority,
         )
         for operation, node in (("w4a16_linear", "W4A16Node"), ("w8a16_linear", "W8A16Node"))
         for name, priority, groups in (
             ("cpu-avx512-bf16", 100, several),
-            ("cpu-avx512-bf16-channel", 99, {"groups": one}),
+            ("cpu-avx512-bf16-channel", 99, one),
         )
     ]
 

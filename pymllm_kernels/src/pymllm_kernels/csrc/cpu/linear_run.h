@@ -8,8 +8,9 @@
 //   int64_t panel_dwords     dwords of a prepared row
 //   int64_t block_dwords     dwords of x in a reduction block
 //   int64_t row_bytes(k)     bytes of a prepared row of k values
-//   prepare(x, dst, k, note) a row in the form in which it is multiplied; returns where it lies:
-//                            dst, which has room for k values of bf16 and may be x, or x
+//   prepare(x, dst, k, note) a row in the form in which it is multiplied; returns where it lies: x,
+//                            or dst, which may be x and has room for k values of bf16 as well as for
+//                            the prepared row
 //   few_tiles(rows)          neighbouring tiles that up to 12 rows meet at once
 //   few(...)                 up to 12 rows and one or few_tiles(rows) whole tiles
 //   multiply(...)            up to 12 of many rows and a block of one tile
@@ -64,13 +65,14 @@ template <typename Format>
 void pack_rows(const Format& format, const LinearCall& call, int64_t row0, int rows,
                Panels<Format> to) {
     thread_local Scratch scratch;
-    auto* buffer = scratch.get<bf16>(kRowTile * call.k * sizeof(bf16));
+    const int64_t bytes = format.row_bytes(call.k);
+    const int64_t room = std::max<int64_t>(call.k, (bytes + 1) / 2);
+    auto* buffer = scratch.get<bf16>(kRowTile * room * sizeof(bf16));
     const void* source[kRowTile];
     for (int m = 0; m < rows; ++m) {
-        source[m] = prepare_row(format, call, row0 + m, buffer + m * call.k,
+        source[m] = prepare_row(format, call, row0 + m, buffer + m * room,
                                 to.notes + m * format.notes);
     }
-    const int64_t bytes = format.row_bytes(call.k);
     const __mmask16 mask = first_lanes(rows);
     for (int64_t d0 = 0; d0 < format.panel_dwords; d0 += kLanes) {
         __m512i block[16];
@@ -166,10 +168,12 @@ template <typename Format>
 void few_rows(const Format& format, const LinearCall& call, Range tiles, Panels<Format> panels) {
     const int rows = static_cast<int>(call.m);
     const uint32_t* panel = panels.dwords;
-    if (rows == 1 && format.row_bytes(call.k) == 4 * format.panel_dwords) {
+    const int64_t bytes = format.row_bytes(call.k);
+    if (rows == 1 && bytes == 4 * format.panel_dwords) {
         thread_local Scratch scratch;
-        panel = static_cast<const uint32_t*>(prepare_row(
-            format, call, 0, scratch.get<bf16>(call.k * sizeof(bf16)), panels.notes));
+        auto* buffer = scratch.get<bf16>(std::max<int64_t>(2 * call.k, bytes));
+        panel =
+            static_cast<const uint32_t*>(prepare_row(format, call, 0, buffer, panels.notes));
     } else {
         pack_rows(format, call, 0, rows, panels);
     }

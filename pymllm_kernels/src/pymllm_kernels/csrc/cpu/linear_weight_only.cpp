@@ -11,7 +11,9 @@
 namespace pymllm {
 namespace {
 
-// Mirrored in Python. scale: [tiles][groups][32]. zero_point: the same, or null.
+// Mirrored in Python. scale: [tiles][groups][32]. zero_point: the same, or null. order: where the
+// groups are not consecutive columns of x, the column that stands at each place [groups][2 *
+// group_pairs], -1 for none, else null.
 struct PackedWeightOnly {
     PackedLinear linear;
     const bf16* scale;
@@ -19,6 +21,7 @@ struct PackedWeightOnly {
     int64_t groups;
     int64_t group_pairs;  // pairs of x in a group
     int64_t bits;         // 4 or 8
+    const int32_t* order;
 };
 
 // Scale and zero point of 16 columns and one group.
@@ -210,10 +213,14 @@ struct WeightOnly {
         }
     }
 
-    static int64_t row_bytes(int64_t k) { return 2 * k; }
+    int64_t row_bytes(int64_t k) const { return weight.order == nullptr ? 2 * k : 4 * panel_dwords; }
 
-    // The sums of x over each group.
-    const void* prepare(const bf16* x, bf16*, int64_t k, Note* x_sums) const {
+    // The order of the groups, and the sums of x over each.
+    const void* prepare(const bf16* x, bf16* dst, int64_t k, Note* x_sums) const {
+        if (weight.order != nullptr) {
+            x = reorder(x, dst, k);
+            k = 2 * panel_dwords;
+        }
         for (int64_t g = 0; g < notes; ++g) {
             const int64_t begin = 2 * g * weight.group_pairs;
             const int64_t end = std::min(begin + 2 * weight.group_pairs, k);
@@ -260,6 +267,18 @@ struct WeightOnly {
     }
 
 private:
+    const bf16* reorder(const bf16* x, bf16* dst, int64_t k) const {
+        thread_local Scratch scratch;
+        if (x == dst) {
+            auto* copy = scratch.get<bf16>(k * sizeof(bf16));
+            x = static_cast<const bf16*>(std::memcpy(copy, x, k * sizeof(bf16)));
+        }
+        for (int64_t i = 0; i < 2 * panel_dwords; ++i) {
+            dst[i] = weight.order[i] < 0 ? bf16{0} : x[weight.order[i]];
+        }
+        return dst;
+    }
+
     // Pairs [d0, d0 + steps) of tile `t`: [steps][32].
     void unpack(int64_t t, int64_t d0, int64_t steps, uint32_t* to) const {
         const Codes codes;
