@@ -132,4 +132,4 @@ class CpuAttention:
 def self_check() -> str:
     """Compile the kernels if need be and run two; what was done, for ``pymllm doctor``."""
     cpu.self_check()
-    return "a linear and an attention agree with float64 on the CPU"
+    return "linears of every format and an attention agree with float64 on the CPU"
