@@ -19,7 +19,7 @@ from pymllm_kernels.cpu_tiles import (
 )
 
 MAX_K = 1 << 16
-"""Sums of 2^16 products of two codes are under 2^31."""
+"""Sums of 2^16 products of a weight, offset to 0 .. 255, and a code are under 2^31."""
 
 
 class _W8A8Struct(ctypes.Structure):

@@ -31,8 +31,8 @@ inline __m512 minus_zero_point(__m512i product, __m512i zero_point, __m512i sum)
     return _mm512_insertf32x8(_mm512_castps256_ps512(halves[0]), halves[1], 1);
 }
 
-// The weights are uint8, offset by 128, so 128 * (sum of x) is to be subtracted. Intermediate
-// sums may pass 2^31, which vpdpbusd takes modulo 2^32: the end fits where K < 131,072.
+// The weights are uint8, offset by 128, so 128 * (sum of x) is to be subtracted. K is at most
+// 65,536: 65,536 * 255 * 128 is under 2^31.
 struct W8A8 {
     using Sum = int32_t;
     using Note = RowCodes;
