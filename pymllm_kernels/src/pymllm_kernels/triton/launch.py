@@ -49,7 +49,8 @@ def _ask(device: torch.device) -> Gpu:
         properties.multi_processor_count,
         properties.major,
         pdl=properties.major >= 9,
-        shared=properties.shared_memory_per_block_optin,
+        # Older versions of torch do not say; 99 KB are what the smallest device here has (8.6, 8.9).
+        shared=getattr(properties, "shared_memory_per_block_optin", 99 << 10),
     )
 
 
