@@ -52,6 +52,7 @@ def pymllm_kernels() -> list[KernelSpec]:
             needs=_cpu(K=ShapeRule(maximum=1 << 16)),
             priority=100,
         ),
+        *_weight_only(),
         KernelSpec(
             operation="attention_prep",
             name="cpu-avx512-bf16",
@@ -95,6 +96,24 @@ def _triton_kernels() -> list[KernelSpec]:
                 "attention_prep:TritonAttentionPrep",
                 _triton(head_dim=ShapeRule(multiple_of=2)),
             ),
+        )
+    ]
+
+
+def _weight_only() -> list[KernelSpec]:
+    several, one = {"group_size": ShapeRule(multiple_of=8)}, {"groups": ShapeRule(one_of=(1,))}
+    return [
+        KernelSpec(
+            operation=operation,
+            name=name,
+            implementation=f"pymllm_kernels.cpu_nodes:{node}",
+            needs=_cpu(**groups),
+            priority=priority,
+        )
+        for operation, node in (("w4a16_linear", "W4A16Node"), ("w8a16_linear", "W8A16Node"))
+        for name, priority, groups in (
+            ("cpu-avx512-bf16", 100, several),
+            ("cpu-avx512-bf16-channel", 99, one),
         )
     ]
 

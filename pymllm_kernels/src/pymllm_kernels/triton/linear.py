@@ -55,7 +55,7 @@ class TritonLinear:
         if rows == 1:
             matvec(x, packed, norm, residual, out, matvec_blocks(n, columns, sms, gated=packed.gated))
         elif rows:
-            blocks = few_rows_blocks(rows, n, columns, sms, gated=packed.gated)
+            blocks = few_rows_blocks(n, columns, sms, gated=packed.gated)
             few_rows(x, packed, norm, residual, out, blocks)
         return out
 

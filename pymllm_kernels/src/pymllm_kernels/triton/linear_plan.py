@@ -5,6 +5,7 @@ They follow benchmarks/gpu_kernels.py; what they aim at is in the comments, so t
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from pymllm_kernels.triton.launch import ceil_div, power_of_2
@@ -27,22 +28,32 @@ class Blocks:
 def matvec_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
     """For one row. n: results, of which each needs two rows of weights where gated."""
     whole = power_of_2(max(k, 64))
-    # The whole row in one load, two where it is long, so that nothing is waited for twice.
-    block_k = whole if whole <= 1024 else 1024 if k % 1024 == 0 else 512 if k % 512 == 0 else 1024
+    # The whole row in one load where it is short, so that nothing is waited for twice.
+    if whole <= 2048 and k == whole:
+        block_k = whole
+    else:
+        block_k = whole if whole <= 1024 else 1024 if k % 1024 == 0 else 512 if k % 512 == 0 else 1024
     matrices = 2 if gated else 1
-    # 16 KB in flight a program: with 4 programs a multiprocessor, twice what covers the memory's latency.
-    block_n = max(8192 // (block_k * matrices), 1)
+    # 8 KB in flight a program where a row is short, 16 KB where it is long: with 8 or 4 programs a
+    # multiprocessor, more than covers the memory's latency.
+    block_n = max((4096 if k <= 2048 else 8192) // (block_k * matrices), 1)
     # Rather small programs than idle multiprocessors: 3 programs for every 2 of them at least.
     while block_n > 1 and 2 * ceil_div(n, block_n) < 3 * sms:
         block_n //= 2
-    return Blocks(min(block_n, 16), block_k, warps=4, unroll=min(ceil_div(k, block_k), 4))
+    # Fewer warps have fewer sums to exchange.
+    warps = 2 if block_k >= 2048 and block_n <= 2 else 4
+    return Blocks(min(block_n, 16), block_k, warps=warps, unroll=min(ceil_div(k, block_k), 4))
 
 
-def few_rows_blocks(m: int, n: int, k: int, sms: int, *, gated: bool) -> Blocks:
-    """For 2 to MAX_FEW_ROWS rows."""
-    matrices = 2 if gated else 1
-    block_n = 64 // matrices
-    while block_n > 16 and ceil_div(n, block_n) < 2 * sms:
-        block_n //= 2
-    block_k = min(256 if block_n * matrices <= 32 else 128, power_of_2(max(k, 16)))
-    return Blocks(block_n, block_k, warps=4 if block_n * matrices >= 32 else 2, stages=4)
+def few_rows_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
+    """For 2 to MAX_FEW_ROWS rows. Best of 23 to 117 variants a shape at 8 rows on an H200; see benchmarks/notes.md."""
+    if n <= 16 * sms:
+        # Few results: small blocks, deep pipelines.
+        blocks = Blocks(16, 256, warps=2, stages=6)
+    elif gated and n >= 64 * sms:
+        blocks = Blocks(64, 64, warps=4, stages=4)
+    elif gated:
+        blocks = Blocks(32, 256, warps=2, stages=4)
+    else:
+        blocks = Blocks(64, 256, warps=4, stages=4)
+    return dataclasses.replace(blocks, block_k=min(blocks.block_k, power_of_2(max(k, 16))))

@@ -10,7 +10,7 @@ from torch import Tensor
 from pymllm_core.protocols.kernel import Norm
 from pymllm_kernels.triton.launch import ceil_div, gpu, power_of_2
 from pymllm_kernels.triton.linear import unit_stride
-from pymllm_kernels.triton.linear_plan import MAX_FEW_ROWS, Blocks
+from pymllm_kernels.triton.linear_plan import MAX_FEW_ROWS, Blocks, few_rows_blocks
 from pymllm_kernels.triton.w8a16_kernels import (
     w8a16_dequantize_kernel,
     w8a16_few_rows_kernel,
@@ -87,14 +87,6 @@ def matvec_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
     while block_n > 1 and 2 * ceil_div(n, block_n) < 3 * sms:
         block_n //= 2
     return Blocks(min(block_n, 16), block_k, warps=4, unroll=4)
-
-
-def few_rows_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
-    """For 2 to MAX_FEW_ROWS rows."""
-    block_n = 32 if gated else 64
-    while block_n > 16 and ceil_div(n, block_n) < 2 * sms:
-        block_n //= 2
-    return Blocks(block_n, min(128, power_of_2(max(k, 16))), warps=4, stages=4)
 
 
 def matvec(
