@@ -57,3 +57,13 @@ def few_rows_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
     else:
         blocks = Blocks(64, 256, warps=4, stages=4)
     return dataclasses.replace(blocks, block_k=min(blocks.block_k, power_of_2(max(k, 16))))
+
+
+def fitted(blocks: Blocks, block_m: int, itemsize: int, shared: int, *, gated: bool) -> Blocks:
+    """The blocks with as many stages, then as many columns, as `shared` bytes hold. itemsize: of a weight and of x."""
+    rows = blocks.block_n * (2 if gated else 1) + block_m
+    # Two stages at least; 4 KB are left for what else the compiler keeps there.
+    room = shared - (4 << 10)
+    while 2 * rows * blocks.block_k * itemsize > room:
+        blocks = dataclasses.replace(blocks, block_k=blocks.block_k // 2)
+    return dataclasses.replace(blocks, stages=min(blocks.stages, room // (rows * blocks.block_k * itemsize)))

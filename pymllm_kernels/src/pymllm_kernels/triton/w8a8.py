@@ -11,7 +11,7 @@ from torch import Tensor
 from pymllm_core.protocols.kernel import Norm
 from pymllm_kernels.triton.launch import ceil_div, gpu, power_of_2
 from pymllm_kernels.triton.linear import unit_stride
-from pymllm_kernels.triton.linear_plan import Blocks, few_rows_blocks
+from pymllm_kernels.triton.linear_plan import Blocks, few_rows_blocks, fitted
 from pymllm_kernels.triton.quantize import StaticInput, quantize_rows
 from pymllm_kernels.triton.w8a8_kernels import w8a8_few_rows_kernel, w8a8_matmul_kernel, w8a8_matvec_kernel
 
@@ -141,6 +141,7 @@ def matmul(
     """Fill out [M, n] for x [M, K]: quantise the rows, then multiply."""
     (rows, n), device = out.shape, gpu(x.device)
     block_m, blocks = sizes
+    blocks = fitted(blocks, block_m, 1, device.shared, gated=packed.gated)
     codes, scales, zeros = quantize_rows(
         unit_stride(x), norm, packed.static, asymmetric=packed.sum is not None
     )
