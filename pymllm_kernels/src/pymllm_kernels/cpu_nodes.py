@@ -115,6 +115,7 @@ class CpuAttention:
     """Paged attention for bf16 (`protocols.attention.AttentionBackend`)."""
 
     graph_safe = False  # no graphs on a CPU
+    prepares_decodes = False
 
     def __init__(self, config: AttentionConfig) -> None:
         self._page_size = config.page_size
