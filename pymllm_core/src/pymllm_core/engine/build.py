@@ -248,7 +248,7 @@ def build_engine(
                 kv_dtype=torch_dtype(plan.kv_dtype),
                 device=device,
                 overlap=overlap,
-                graph_sizes=_graph_sizes(plan, attention),
+                graph_sizes=_graph_sizes(plan, assembly.builder, attention),
             ),
             shape,
             assembly.model,
@@ -270,7 +270,7 @@ def build_engine(
     return Engine(plan, processor, scheduler, runner, overlap=overlap)
 
 
-def _graph_sizes(plan: Plan, attention: AttentionBackend) -> tuple[int, ...]:
+def _graph_sizes(plan: Plan, builder: Builder, attention: AttentionBackend) -> tuple[int, ...]:
     """The numbers of sequences for which decode steps are captured; none where they cannot be."""
     if plan.device.type != "cuda" or plan.settings.server.disable_cuda_graph:
         return ()
@@ -278,6 +278,12 @@ def _graph_sizes(plan: Plan, attention: AttentionBackend) -> tuple[int, ...]:
         logger.warning(
             "decode steps are launched kernel by kernel: the attention backend %s cannot be captured",
             plan.attention.spec.name,
+        )
+        return ()
+    if not builder.graph_safe:
+        logger.warning(
+            "decode steps are launched kernel by kernel: the routed experts are served one by one, see the "
+            "kernels of `pymllm plan`"
         )
         return ()
     return graph_sizes(plan.limits.max_running_requests)

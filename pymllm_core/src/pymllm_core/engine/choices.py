@@ -159,10 +159,11 @@ def choose_parser(
 def workspace_bytes(shape: ModelShape, running: int, prefill: int, itemsize: int) -> int:
     """An upper estimate of what a step needs beside weights and KV, in bytes.
 
-    Logits in float32 with two copies while sampling, and about 16 hidden-sized rows for each token.
+    Logits in float32 with two copies while sampling, about 16 hidden-sized rows for each token, and what its
+    routed experts hold.
     """
-    tokens = prefill + running
-    return 3 * running * shape.vocab_size * 4 + 16 * tokens * shape.hidden_size * itemsize
+    width = 16 * shape.hidden_size + shape.routed_width
+    return 3 * running * shape.vocab_size * 4 + (prefill + running) * width * itemsize
 
 
 def unused_settings(settings: Settings, device: DeviceInfo, dtype: str) -> list[str]:
