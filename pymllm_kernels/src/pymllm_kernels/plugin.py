@@ -7,13 +7,19 @@ from pymllm_core.specs import AttentionBackendSpec, KernelSpec, Needs, ShapeRule
 
 CONTRACT = "1.0"
 
-_AVX512_BF16 = Needs(
-    devices=("cpu",),
-    dtypes=("bfloat16",),
-    cpu_flags=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
-    programs=(("g++", "c++", "clang++"),),
-    shape={"head_dim": ShapeRule(multiple_of=2), "same_kv_dtype": ShapeRule(one_of=(1,))},
-)
+
+def _cpu(**shape: ShapeRule) -> Needs:
+    return Needs(
+        devices=("cpu",),
+        dtypes=("bfloat16",),
+        # One library for all; every CPU that has AVX512-BF16 has VNNI.
+        cpu_flags=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"),
+        programs=(("g++", "c++", "clang++"),),
+        shape=shape,
+    )
+
+
+_ATTENTION = _cpu(head_dim=ShapeRule(multiple_of=2), same_kv_dtype=ShapeRule(one_of=(1,)))
 
 
 @hookimpl
@@ -24,14 +30,22 @@ def pymllm_kernels() -> list[KernelSpec]:
             operation="linear",
             name="cpu-avx512-bf16",
             implementation=f"{nodes}:LinearNode",
-            needs=_AVX512_BF16,
+            needs=_cpu(),
+            priority=100,
+        ),
+        KernelSpec(
+            operation="w8a8_linear",
+            name="cpu-avx512-vnni",
+            implementation=f"{nodes}:W8A8Node",
+            # Up to here int32 holds every sum.
+            needs=_cpu(K=ShapeRule(maximum=1 << 16)),
             priority=100,
         ),
         KernelSpec(
             operation="attention_prep",
             name="cpu-avx512-bf16",
             implementation=f"{nodes}:AttentionPrepNode",
-            needs=_AVX512_BF16,
+            needs=_ATTENTION,
             priority=100,
         ),
     ]
@@ -43,7 +57,7 @@ def pymllm_attention_backends() -> list[AttentionBackendSpec]:
         AttentionBackendSpec(
             name="cpu",
             implementation="pymllm_kernels.cpu_nodes:CpuAttention",
-            needs=_AVX512_BF16,
+            needs=_ATTENTION,
             priority=100,
         ),
         AttentionBackendSpec(
