@@ -1,4 +1,4 @@
-"""Registers the CPU kernels."""
+"""Registers the CPU kernels and the Triton kernels for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ def _cpu(**shape: ShapeRule) -> Needs:
 
 
 _ATTENTION = _cpu(head_dim=ShapeRule(multiple_of=2), same_kv_dtype=ShapeRule(one_of=(1,)))
+
+
+def _triton(**shape: ShapeRule) -> Needs:
+    """What every Triton kernel needs, and the shapes that this one takes."""
+    return Needs(
+        devices=("cuda",),
+        capability_min=(8, 0),
+        dtypes=("bfloat16", "float16"),
+        modules={"triton": "triton"},
+        shape=shape,
+    )
 
 
 @hookimpl
@@ -48,6 +59,28 @@ def pymllm_kernels() -> list[KernelSpec]:
             needs=_ATTENTION,
             priority=100,
         ),
+        *_triton_kernels(),
+    ]
+
+
+def _triton_kernels() -> list[KernelSpec]:
+    nodes = "pymllm_kernels.triton"
+    return [
+        KernelSpec(
+            operation=operation,
+            name="triton",
+            implementation=f"{nodes}.{implementation}",
+            needs=needs,
+            priority=100,
+        )
+        for operation, implementation, needs in (
+            ("linear", "linear:TritonLinear", _triton()),
+            (
+                "attention_prep",
+                "attention_prep:TritonAttentionPrep",
+                _triton(head_dim=ShapeRule(multiple_of=2)),
+            ),
+        )
     ]
 
 
@@ -76,5 +109,11 @@ def pymllm_attention_backends() -> list[AttentionBackendSpec]:
                 },
             ),
             priority=50,
+        ),
+        AttentionBackendSpec(
+            name="triton",
+            implementation="pymllm_kernels.triton.attention:TritonAttention",
+            needs=_triton(head_dim=ShapeRule(one_of=(16, 32, 64, 128, 256))),
+            priority=100,
         ),
     ]

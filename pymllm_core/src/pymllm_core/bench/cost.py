@@ -6,15 +6,18 @@ counted are activations, which stay in caches, and what a kernel reads beside th
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pymllm_core.engine.build import Assembly
 from pymllm_core.nn import ops
+from pymllm_core.nn.builder import Node
 from pymllm_core.nn.embedding import Embedding, QuantisedEmbedding
 from pymllm_core.nn.linear import Linear
+from pymllm_core.nn.moe import Expert, StackedExpert
 from pymllm_core.nn.split_linear import SplitLinear
+from pymllm_core.protocols.quant import LinearLayer, LinearScheme
 
 INT8 = "int8"
 
@@ -42,22 +45,30 @@ class ModelCost:
         self._dtype = plan.dtype
         self._kv_bytes = plan.memory.kv_bytes_per_token
         self.weight_bytes = 0
-        """Of all weights that every step reads once: everything but the embedding's rows."""
+        """Of all weights that every step reads once: everything but the embedding's rows and routed experts."""
+        self._routed: Counter[float] = Counter()
+        """Bytes of routed experts, by the share of the tokens that need them."""
         self._embedding_row = 0.0
-        self._products: Counter[str] = Counter()
+        self._products: defaultdict[str, float] = defaultdict(float)
         self._head: Counter[str] = Counter()
         for node in assembly.builder.nodes:
             size = sum(slot.num_bytes for slot in node.slots() if not slot.optional)
             if isinstance(node, Embedding | QuantisedEmbedding):
                 self._embedding_row += size / node.vocab_size
                 continue
-            self.weight_bytes += size
-            linears = node.parts if isinstance(node, SplitLinear) else [node]
-            for linear in linears:
-                if isinstance(linear, Linear):
-                    kind = INT8 if linear.scheme.operation == ops.W8A8_LINEAR else self._dtype
-                    into = self._head if node is assembly.builder.head else self._products
-                    into[kind] += 2 * linear.layer.in_features * linear.layer.out_features
+            share = 1.0
+            if isinstance(node, Expert | StackedExpert):
+                share = node.active_share
+                self._routed[share] += size
+            else:
+                self.weight_bytes += size
+            for layer, scheme in _formats(node):
+                kind = INT8 if scheme.operation == ops.W8A8_LINEAR else self._dtype
+                count = 2 * layer.in_features * layer.out_features
+                if node is assembly.builder.head:
+                    self._head[kind] += count
+                else:
+                    self._products[kind] += count * share
 
     def prefill(self, batch: int, length: int) -> Work:
         """`batch` prompts of `length` tokens in one step; the head computes the last row of each."""
@@ -77,7 +88,18 @@ class ModelCost:
         # Scores, and the weighted sum of values: 2 · head_dim operations a pair each.
         attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs
         flops[self._dtype] = flops.get(self._dtype, 0) + attention
-        return Work(self.weight_bytes + tokens * self._embedding_row + cached * self._kv_bytes, flops)
+        # A step reads those experts that at least one of its tokens needs, as if tokens chose independently.
+        routed = sum(size * (1 - (1 - share) ** tokens) for share, size in self._routed.items())
+        weights = self.weight_bytes + routed
+        return Work(weights + tokens * self._embedding_row + cached * self._kv_bytes, flops)
+
+
+def _formats(node: Node) -> list[tuple[LinearLayer, LinearScheme]]:
+    """The products of a node, and how their weights are stored."""
+    if isinstance(node, Expert | StackedExpert):
+        return node.formats
+    linears = node.parts if isinstance(node, SplitLinear) else [node]
+    return [(linear.layer, linear.scheme) for linear in linears if isinstance(linear, Linear)]
 
 
 def mean_context(input_len: int, output_len: int) -> float:
