@@ -29,6 +29,7 @@ MOE: dict[str, Any] = {
     "norm_topk_prob": True,
     "tie_word_embeddings": True,
 }
+GROUPED = "pymllm_core.testing.grouped_experts"
 EXPERTS, ATTENTION = "re:.*mlp.experts.*_proj$", "re:.*self_attn.*_proj$"
 
 
@@ -118,11 +119,18 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
 def test_quantised_experts_float32(case: str, tmp_path: Path) -> None:
     groups, fields, operation = CASES[case]
     reference = write(tmp_path, groups, dtype=torch.float32, build=routed, **fields)
-    difference = (compute(tmp_path) - expect(reference, groups, tmp_path)).abs().max()
-    assert difference < (FLOAT32_W8A8 if groups[0]["input_activations"] else FLOAT32)
+    bound = FLOAT32_W8A8 if groups[0]["input_activations"] else FLOAT32
+    expected = expect(reference, groups, tmp_path)
     settings = Settings.of(str(tmp_path), device="cpu", dtype="float32")
-    kernels = assemble(settings, registry_of(*PLUGINS)).plan.kernels
-    assert {name.split(" ")[0] for name in kernels if "experts" in name.split(" ")[0]} == {operation}
+    mixed = operation == "mixed_moe_experts"
+    for plugins, name in (
+        (PLUGINS, "one-by-one"),
+        ((*PLUGINS, GROUPED), "one-by-one" if mixed else "grouped"),
+    ):
+        assert (compute(tmp_path, plugins=plugins) - expected).abs().max() < bound
+        kernels = assemble(settings, registry_of(*plugins)).plan.kernels
+        chosen = {label.split(" ")[0]: choice.spec.name for label, choice in kernels.items()}
+        assert {key: value for key, value in chosen.items() if "experts" in key} == {operation: name}
 
 
 @pytest.mark.parametrize(("case", "bound"), [("w4 g32", BFLOAT16), ("w8", BFLOAT16), ("w8a8", 3 * BFLOAT16)])

@@ -31,6 +31,7 @@ from pymllm_qwen3.config import Qwen3MoeConfig as OurConfig
 from pymllm_qwen3.moe import Qwen3MoeForCausalLM as Ours
 
 QWEN3 = "pymllm_qwen3.plugin"
+GROUPED = "pymllm_core.testing.grouped_experts"
 TOLERANCE = 1e-4  # as of Qwen3 dense: float32, logits of about 10
 VOCAB = 293  # odd, and no multiple of anything
 FIELDS: dict[str, Any] = {
@@ -126,6 +127,19 @@ def test_logits_at_every_position(checkpoint: tuple[Any, Path], cut: str, radix:
         logits = expected_logits(model, (*request.token_ids, *answer.token_ids)[:-1])
         assert recorder.compare(request.id, logits) < TOLERANCE
         assert bool(answer.usage.cached_tokens) == (radix and len(request.token_ids) > 10)
+
+
+def test_logits_by_a_grouped_kernel(checkpoint: tuple[Any, Path]) -> None:
+    """The way of a GPU's kernels: experts in stacks, one call for all of them."""
+    model, folder = checkpoint
+    engine = make_engine(folder, QWEN3, GROUPED, max_prefill_tokens=7, chunked_prefill_size=5)
+    chosen = {name.split(" ")[0]: choice.spec.name for name, choice in engine.plan.kernels.items()}
+    assert chosen["moe_experts"] == "grouped"
+    recorder = LogitsRecorder(engine)
+    prompts = prompts_of([3, 17])
+    for index, (prompt, answer) in enumerate(zip(prompts, complete(engine, prompts, greedy(4)), strict=True)):
+        logits = expected_logits(model, (*prompt, *answer.token_ids)[:-1])
+        assert recorder.compare(str(index), logits) < TOLERANCE
 
 
 def test_greedy_and_preempted_answers(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from pymllm_core.engine.choices import (
     choose_parser,
     choose_quantisation,
     compute_dtype,
+    graph_bytes,
     stored_tensors,
     torch_dtype,
     unused_settings,
@@ -148,6 +149,11 @@ def assemble(
         fraction=server.mem_fraction_static or _DEFAULT_FRACTION[device.type],
         weights=builder.weight_bytes,
         workspace=workspace_bytes(shape, running, prefill, torch_dtype(dtype).itemsize),
+        graphs=(
+            graph_bytes(shape, running)
+            if device.type == "cuda" and builder.graph_safe and not server.disable_cuda_graph
+            else 0
+        ),
         kv_bytes_per_token=shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * kv_itemsize,
         page_size=page_size,
         wanted_tokens=server.max_total_tokens,

@@ -231,15 +231,13 @@ class Builder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights; a tensor that two nodes read is counted twice where both keep a copy."""
-        return sum(slot.num_bytes for node in self.nodes for slot in node.slots())
+        return sum(map(_resident_bytes, self.nodes))
 
     @property
     def active_weight_bytes(self) -> int:
         """Bytes of the weights that one token needs: of routed experts those of `top_k`, of all else all."""
-        return round(
-            sum(
-                slot.num_bytes * getattr(node, "active_share", 1.0)
-                for node in self.nodes
-                for slot in node.slots()
-            )
-        )
+        return round(sum(_resident_bytes(node) * getattr(node, "active_share", 1.0) for node in self.nodes))
+
+
+def _resident_bytes(node: Node) -> int:
+    return node.resident_bytes if isinstance(node, Linear) else sum(slot.num_bytes for slot in node.slots())
