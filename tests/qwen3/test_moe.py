@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from pymllm_core.bench.cost import ModelCost
 from pymllm_core.builtin.torch_kernels import TorchLinear
 from pymllm_core.config import Settings
 from pymllm_core.engine.build import assemble
@@ -220,22 +221,34 @@ def any_kernel(operation: str, shape: Any) -> Any:
 def test_the_published_config_alone_can_be_planned(shared_qwen: Path, tmp_path: Path) -> None:
     config = json.loads((shared_qwen / "configs" / "Qwen3-30B-A3B" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    plan = assemble(
-        Settings.of(
-            str(tmp_path),
-            device="cpu",
-            dtype="bfloat16",
-            load_format="dummy",
-            max_total_tokens=64,
-            mem_fraction_static=0.9,
-        ),
-        registry_of(QWEN3),
-    ).plan
+    settings = Settings.of(
+        str(tmp_path),
+        device="cpu",
+        dtype="bfloat16",
+        load_format="dummy",
+        max_total_tokens=64,
+        mem_fraction_static=0.9,
+    )
+    assembly = assemble(settings, registry_of(QWEN3))
+    plan = assembly.plan
     assert plan.kernels["moe_experts experts=128 top_k=8 K=2048 N=1536"].spec.name == "one-by-one"
     reasoning = plan.parsers["reasoning"]
     assert reasoning is not None
     assert reasoning.spec.name == "qwen3"
     assert {"linear K=2048 N=128", "linear K=2048 N=1536", "linear K=768 N=2048"} <= plan.kernels.keys()
+    # One layer by hand: q, k, v, o, the router and the norms; each token's 8 experts; the head; a row of embedding.
+    attention = 2048 * (4096 + 2 * 512) + 4096 * 2048
+    fixed = attention + 2048 * 128 + 2 * 2048 + 2 * 128 + 2048 + 2048 * 151936
+    expert = 3 * 768 * 2048
+    assert assembly.builder.weight_bytes == 2 * (fixed + 128 * expert + 2048 * 151936)
+    cost = ModelCost(assembly)
+    kv = 2 * 2 * 4 * 128
+    assert cost.decode(1, 1).bytes == pytest.approx(2 * (fixed + 8 * expert + 2048) + kv)
+    # Two tokens share an expert here and there: 1 - (120/128)² of all.
+    read = 128 * (1 - (120 / 128) ** 2)
+    assert cost.decode(2, 1).bytes == pytest.approx(2 * (fixed + read * expert + 2 * 2048) + 2 * kv)
+    products = attention + 2048 * 128 + 8 * expert + 2048 * 151936
+    assert cost.decode(1, 1).total_flops == pytest.approx(2 * products + 4 * 32 * 128)
 
 
 def test_dummy_weights_run(tmp_path: Path) -> None:

@@ -44,10 +44,9 @@ class ModelCost:
         plan, self._shape = assembly.plan, assembly.shape
         self._dtype = plan.dtype
         self._kv_bytes = plan.memory.kv_bytes_per_token
-        self.weight_bytes = 0
-        """Of all weights that every step reads once: everything but the embedding's rows and routed experts."""
+        # Bytes of what every step reads, and of routed experts by the share of the tokens that need them.
+        self._fixed = 0
         self._routed: Counter[float] = Counter()
-        """Bytes of routed experts, by the share of the tokens that need them."""
         self._embedding_row = 0.0
         self._products: defaultdict[str, float] = defaultdict(float)
         self._head: Counter[str] = Counter()
@@ -65,7 +64,7 @@ class ModelCost:
                 share = node.active_share
                 self._routed[share] += size
             else:
-                self.weight_bytes += size
+                self._fixed += size
             for layer, scheme in _formats(node):
                 kind = INT8 if scheme.operation == ops.W8A8_LINEAR else self._dtype
                 count = 2 * layer.in_features * layer.out_features
@@ -73,6 +72,11 @@ class ModelCost:
                     self._head[kind] += count
                 else:
                     self._products[kind] += count * share
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights that a step of one token reads: everything but the embedding's rows and idle experts."""
+        return round(self._fixed + sum(size * share for share, size in self._routed.items()))
 
     def prefill(self, batch: int, length: int) -> Work:
         """`batch` prompts of `length` tokens in one step; the head computes the last row of each."""
@@ -94,8 +98,7 @@ class ModelCost:
         flops[self._dtype] = flops.get(self._dtype, 0) + attention
         # A step reads those experts that at least one of its tokens needs, as if tokens chose independently.
         routed = sum(size * (1 - (1 - share) ** tokens) for share, size in self._routed.items())
-        weights = self.weight_bytes + routed
-        return Work(weights + tokens * self._embedding_row + cached * self._kv_bytes, flops)
+        return Work(self._fixed + routed + tokens * self._embedding_row + cached * self._kv_bytes, flops)
 
 
 def _formats(node: Node) -> list[tuple[LinearLayer, LinearScheme]]:

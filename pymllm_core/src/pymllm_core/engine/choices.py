@@ -173,7 +173,8 @@ def graph_bytes(shape: ModelShape, running: int) -> int:
     All sizes share one pool, as large as the largest needs: its logits in float32, and its activations, which
     are small beside them. Each graph takes a few megabytes of the driver's memory.
     """
-    return running * (shape.vocab_size * 4 + 64 * shape.hidden_size) + len(graph_sizes(running)) * (4 << 20)
+    row = 4 * (shape.vocab_size + 16 * shape.hidden_size + shape.routed_width)
+    return running * row + len(graph_sizes(running)) * (4 << 20)
 
 
 def unused_settings(settings: Settings, device: DeviceInfo, dtype: str) -> list[str]:
