@@ -119,8 +119,8 @@ def test_all_tokens_want_the_same_experts() -> None:
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
 def test_every_block_size(block_m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    mean = {16: 4, 32: 20, 64: 40, 128: 100}[block_m]
-    blocks = grouped_blocks(mean * 3, 3, 32, 32, 16, gated=True)
+    mean = {16: 4, 32: 32, 64: 64, 128: 128}[block_m]
+    blocks = grouped_blocks(mean, 2, 2, 32, 32, 16, gated=True)
     assert blocks.block_m == block_m
     monkeypatch.setattr(moe, "grouped_blocks", lambda *_, **__: blocks)
     check(19, experts=2, hidden=48)
@@ -200,7 +200,7 @@ def test_blocks_fit_their_groups() -> None:
         blocks = vector_blocks(768, group * 4, group, bits, 132, 8, gated=True)
         assert blocks.block_k % blocks.sub == 0
         assert bits == 16 or group % blocks.sub == 0
-        rows = grouped_blocks(64, 128, 768, group, bits, gated=True)
+        rows = grouped_blocks(64, 8, 128, 768, group, bits, gated=True)
         assert bits == 16 or (group % rows.block_k == 0 and rows.block_k >= 32)
 
 

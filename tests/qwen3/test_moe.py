@@ -241,7 +241,7 @@ def test_the_published_config_alone_can_be_planned(shared_qwen: Path, tmp_path: 
     fixed = attention + 2048 * 128 + 2 * 2048 + 2 * 128 + 2048 + 2048 * 151936
     expert = 3 * 768 * 2048
     assert assembly.builder.weight_bytes == 2 * (fixed + 128 * expert + 2048 * 151936)
-    cost = ModelCost(assembly)
+    cost = ModelCost.of(assembly)
     kv = 2 * 2 * 4 * 128
     assert cost.decode(1, 1).bytes == pytest.approx(2 * (fixed + 8 * expert + 2048) + kv)
     # Two tokens share an expert here and there: 1 - (120/128)² of all.

@@ -93,6 +93,7 @@ class Plan:
             "architecture": self.architecture,
             "dtype": self.dtype,
             "kv_dtype": self.kv_dtype,
+            "vocab_size": self.vocab_size,
             "device": {**dataclasses.asdict(self.device), "cpu_flags": sorted(self.device.cpu_flags)},
             "chosen": {
                 "model": _choice(self.model),

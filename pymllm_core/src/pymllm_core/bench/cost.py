@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pymllm_core.engine.build import Assembly
 from pymllm_core.nn import ops
-from pymllm_core.nn.builder import Node
+from pymllm_core.nn.builder import Builder, Node
 from pymllm_core.nn.embedding import Embedding, QuantisedEmbedding
 from pymllm_core.nn.linear import Linear
 from pymllm_core.nn.moe import Expert, StackedExpert
 from pymllm_core.nn.split_linear import SplitLinear
+from pymllm_core.protocols.model import ModelShape
 from pymllm_core.protocols.quant import LinearLayer, LinearScheme
+
+if TYPE_CHECKING:
+    from pymllm_core.engine.build import Assembly
 
 INT8 = "int8"
 
@@ -38,19 +42,22 @@ class Work:
 
 
 class ModelCost:
-    """The counts of one model, as assembled; its weights need not be loaded."""
+    """The counts of one model as its builder made it; its weights need not be loaded.
 
-    def __init__(self, assembly: Assembly) -> None:
-        plan, self._shape = assembly.plan, assembly.shape
-        self._dtype = plan.dtype
-        self._kv_bytes = plan.memory.kv_bytes_per_token
+    dtype: the computation's. kv_bytes: keys and values of one token.
+    """
+
+    def __init__(self, builder: Builder, shape: ModelShape, dtype: str, kv_bytes: int) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._kv_bytes = kv_bytes
         # Bytes of what every step reads, and of routed experts by the share of the tokens that need them.
         self._fixed = 0
         self._routed: Counter[float] = Counter()
         self._embedding_row = 0.0
         self._products: defaultdict[str, float] = defaultdict(float)
         self._head: Counter[str] = Counter()
-        for node in assembly.builder.nodes:
+        for node in builder.nodes:
             size = (
                 node.resident_bytes
                 if isinstance(node, Linear)
@@ -68,7 +75,7 @@ class ModelCost:
             for layer, scheme in _formats(node):
                 kind = INT8 if scheme.operation == ops.W8A8_LINEAR else self._dtype
                 count = 2 * layer.in_features * layer.out_features
-                if node is assembly.builder.head:
+                if node is builder.head:
                     self._head[kind] += count
                 else:
                     self._products[kind] += count * share
@@ -77,6 +84,12 @@ class ModelCost:
     def weight_bytes(self) -> int:
         """Of the weights that a step of one token reads: everything but the embedding's rows and idle experts."""
         return round(self._fixed + sum(size * share for share, size in self._routed.items()))
+
+    @classmethod
+    def of(cls, assembly: Assembly) -> ModelCost:
+        """The counts of an engine's model."""
+        plan = assembly.plan
+        return cls(assembly.builder, assembly.shape, plan.dtype, plan.memory.kv_bytes_per_token)
 
     def prefill(self, batch: int, length: int) -> Work:
         """`batch` prompts of `length` tokens in one step; the head computes the last row of each."""

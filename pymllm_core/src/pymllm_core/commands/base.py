@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -59,6 +60,27 @@ def settings_of(ctx: click.Context, model: str | None = None) -> Settings:
     return load_settings(argv, model=model)
 
 
+def spread(args: Sequence[str], patterns: Mapping[str, re.Pattern[str]]) -> list[str]:
+    """``--size 1 8`` as ``--size 1 --size 8``, for click, whose options take a fixed number of values.
+
+    patterns: by option, what its values look like; the first argument that does not ends them.
+    """
+    result: list[str] = []
+    option: str | None = None
+    first = False
+    for token in args:
+        if token in patterns:
+            option, first = token, True
+            result.append(token)
+        elif option is not None and patterns[option].fullmatch(token):
+            result += [token] if first else [option, token]
+            first = False
+        else:
+            option = None
+            result.append(token)
+    return result
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Whether a person looks at the stream."""
     try:
@@ -86,6 +108,18 @@ def console(stream: TextIO | None = None) -> Console:
         markup=False,
         soft_wrap=not terminal,
     )
+
+
+def new_table(*headers: str) -> Any:
+    """An empty table in the style of all commands."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in headers:
+        # Reasons wrap; names must stay whole to be copied.
+        table.add_column(header, overflow="fold")
+    return table
 
 
 @contextmanager

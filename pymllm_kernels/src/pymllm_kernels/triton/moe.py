@@ -70,9 +70,9 @@ class TritonExperts:
             few_down(hidden, weights, ids, packed.down, residual, out)
             return out
         rows = expert_rows(ids, packed.gate_up.weight.shape[0])
-        grouped(x, rows, packed.gate_up, hidden, gated=True, pairs_a_row=top_k)
+        grouped(x, rows, packed.gate_up, hidden, gated=True, top_k=top_k)
         results = torch.empty((tokens * top_k, x.shape[1]), dtype=x.dtype, device=x.device)
-        grouped(hidden, rows, packed.down, results, gated=False, pairs_a_row=1)
+        grouped(hidden, rows, packed.down, results, gated=False, top_k=top_k)
         combine(results, weights, residual, out)
         return out
 
@@ -168,13 +168,13 @@ def few_down(
 
 
 def grouped(
-    x: Tensor, rows: ExpertRows, packed: ExpertWeights, out: Tensor, *, gated: bool, pairs_a_row: int
+    x: Tensor, rows: ExpertRows, packed: ExpertWeights, out: Tensor, *, gated: bool, top_k: int
 ) -> None:
-    """Fill out [T k, N] with the product of each pair; x has a row for `pairs_a_row` pairs."""
+    """Fill out [T k, N] with the product of each pair; x has a row a token where gated, else one a pair."""
     pairs, n = out.shape
     k, group, bits = packed.columns, packed.group, packed.bits
     experts = packed.weight.shape[0]
-    blocks = grouped_blocks(pairs, experts, n, group, bits, gated=gated)
+    blocks = grouped_blocks(pairs // top_k, top_k, experts, n, group, bits, gated=gated)
     grid = (max_blocks(pairs, experts, blocks.block_m), ceil_div(n, blocks.block_n))
     grouped_kernel[grid](
         x,
@@ -192,7 +192,7 @@ def grouped(
         BITS=bits,
         ASYMMETRIC=packed.zero_point is not None,
         GATED=gated,
-        PAIRS_A_ROW=pairs_a_row,
+        PAIRS_A_ROW=top_k if gated else 1,
         E=experts,
         BLOCK_E=power_of_2(experts),
         BLOCK_M=blocks.block_m,

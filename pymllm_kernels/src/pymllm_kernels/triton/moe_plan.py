@@ -53,9 +53,14 @@ def vector_blocks(
     return VectorBlocks(min(block_n, 16), block_k, sub, unroll=min(ceil_div(k, block_k), 2))
 
 
-def grouped_blocks(pairs: int, experts: int, n: int, group: int, bits: int, *, gated: bool) -> GroupedBlocks:
-    """For many tokens; block_m follows the pairs that an expert has on average."""
-    mean = pairs / experts
+def grouped_blocks(
+    tokens: int, top_k: int, experts: int, n: int, group: int, bits: int, *, gated: bool
+) -> GroupedBlocks:
+    """For many tokens; block_m follows the pairs that an expert has on average.
+
+    Tokens count as the next power of two: so a step runs the kernels that a graph for some more tokens captures.
+    """
+    mean = power_of_2(tokens) * top_k / experts
     block_m = 16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= 96 else 128
     # Few rows wait for weights: long runs of them. Many rows need the registers and the shared memory.
     most = {16: 128, 8: 64, 4: 128}[bits] if block_m <= 32 else 64

@@ -100,6 +100,5 @@ def expert_rows(ids: Tensor, experts: int) -> ExpertRows:
     pairs = ids.numel()
     order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
     starts, counts = torch.empty((2, experts), dtype=torch.int32, device=ids.device)
-    block = min(max(power_of_2(pairs), 32), 1024)
-    expert_rows_kernel[(experts,)](ids, order, starts, counts, pairs, block, num_warps=4)
+    expert_rows_kernel[(experts,)](ids, order, starts, counts, pairs, BLOCK=1024, num_warps=4)
     return ExpertRows(order, starts, counts)

@@ -110,9 +110,9 @@ class TritonW8A8Experts:
         experts, width = gate_up.weight.shape[0], gate_up.weight.shape[1] // 2
         rows = expert_rows(ids, experts)
         hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
-        grouped(*quantise_rows(unit_stride(x)), rows, gate_up, hidden, gated=True, pairs_a_row=top_k)
+        grouped(*quantise_rows(unit_stride(x)), rows, gate_up, hidden, gated=True, top_k=top_k)
         results = torch.empty((tokens * top_k, columns), dtype=x.dtype, device=x.device)
-        grouped(*quantise_rows(hidden), rows, down, results, gated=False, pairs_a_row=1)
+        grouped(*quantise_rows(hidden), rows, down, results, gated=False, top_k=top_k)
         combine(results, weights, None if residual is None else unit_stride(residual), out)
         return out
 
@@ -137,11 +137,11 @@ def grouped(
     out: Tensor,
     *,
     gated: bool,
-    pairs_a_row: int,
+    top_k: int,
 ) -> None:
-    """Fill out [T k, N] with the product of each pair; x has a row for `pairs_a_row` pairs."""
+    """Fill out [T k, N] with the product of each pair; x has a row a token where gated, else one a pair."""
     (pairs, n), (experts, _, columns) = out.shape, packed.weight.shape
-    blocks = grouped_blocks(pairs, experts, n, 128, 8, gated=gated)
+    blocks = grouped_blocks(pairs // top_k, top_k, experts, n, 128, 8, gated=gated)
     grid = (max_blocks(pairs, experts, blocks.block_m), ceil_div(n, blocks.block_n))
     grouped_int8_kernel[grid](
         x,
@@ -155,7 +155,7 @@ def grouped(
         n,
         K=columns,
         GATED=gated,
-        PAIRS_A_ROW=pairs_a_row,
+        PAIRS_A_ROW=top_k if gated else 1,
         E=experts,
         BLOCK_E=power_of_2(experts),
         BLOCK_M=blocks.block_m,
