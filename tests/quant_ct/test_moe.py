@@ -151,6 +151,7 @@ def test_a_router_is_quantised_only_where_it_is_stored_so(tmp_path: Path) -> Non
     """A config that targets every Linear says nothing of the router, which is none in transformers 5."""
     write(tmp_path, [W8], build=routed)
     engine = make_engine(tmp_path, *PLUGINS, load_format="dummy")
+    assert f"linear K={TINY['hidden_size']} N={MOE['num_experts']}" in engine.plan.kernels
     assert len(complete(engine, [[5, 6, 7]], greedy(3))[0].token_ids) == 3
 
 

@@ -28,6 +28,7 @@ from pymllm_core.testing.engines import (
     registry_of,
     run,
 )
+from pymllm_core.testing.linting import check
 from pymllm_qwen3.config import Qwen3MoeConfig as OurConfig
 from pymllm_qwen3.moe import Qwen3MoeForCausalLM as Ours
 
@@ -249,6 +250,19 @@ def test_the_published_config_alone_can_be_planned(shared_qwen: Path, tmp_path: 
     assert cost.decode(2, 1).bytes == pytest.approx(2 * (fixed + read * expert + 2 * 2048) + 2 * kv)
     products = attention + 2048 * 128 + 8 * expert + 2048 * 151936
     assert cost.decode(1, 1).total_flops == pytest.approx(2 * products + 4 * 32 * 128)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_lint_shows_what_serves_the_experts(tmp_path: Path, grouped: bool) -> None:
+    save(reference().bfloat16(), tmp_path)
+    report = check(tmp_path, QWEN3, *([GROUPED] if grouped else []))
+    assert not report.findings
+    rows = {row.names[0]: row for row in report.rows if ".experts." in row.names[0]}
+    assert set(rows) == {
+        "model.layers.{0-2}.mlp.experts.{0-5}.gate_proj+up_proj",
+        "model.layers.{0-2}.mlp.experts.{0-5}.down_proj",
+    }
+    assert {row.operation for row in rows.values()} == {"moe_experts" if grouped else "linear"}
 
 
 def test_dummy_weights_run(tmp_path: Path) -> None:

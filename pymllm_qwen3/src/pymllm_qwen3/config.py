@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
@@ -12,10 +12,8 @@ from pymllm_core.errors import CheckpointError
 from pymllm_core.nn.rope import RopeConfig
 from pymllm_core.protocols.model import ModelShape
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 DEFAULT_THETA = 1_000_000.0
+ConfigT = TypeVar("ConfigT", bound="Qwen3Config")
 
 
 class Qwen3Config(BaseModel):
@@ -39,7 +37,7 @@ class Qwen3Config(BaseModel):
     rope: RopeConfig
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Self:
+    def read(cls: type[ConfigT], config: Mapping[str, Any]) -> ConfigT:
         """From config.json. Raises CheckpointError naming each field at fault."""
         # An absent head_dim is 128, as in transformers' Qwen3Config; every published config names it.
         fields = {**config, "head_dim": config.get("head_dim") or 128}
@@ -92,7 +90,7 @@ class Qwen3MoeConfig(Qwen3Config):
     mlp_only_layers: tuple[NonNegativeInt, ...] = ()
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Self:
+    def read(cls, config: Mapping[str, Any]) -> Qwen3MoeConfig:
         hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
             config = {**config, "head_dim": config.get("head_dim") or hidden // heads}

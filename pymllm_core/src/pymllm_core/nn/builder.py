@@ -20,6 +20,7 @@ from pymllm_core.nn.moe import (
     Formats,
     MoE,
     OneByOne,
+    Pair,
     SingleExperts,
     StackedExpert,
     StackedExperts,
@@ -28,6 +29,7 @@ from pymllm_core.nn.moe import (
 from pymllm_core.nn.norm import RMSNorm
 from pymllm_core.nn.rope import RopeConfig, Rotary
 from pymllm_core.nn.split_linear import SplitLinear
+from pymllm_core.protocols.kernel import ExpertsKernel
 from pymllm_core.protocols.quant import (
     LinearLayer,
     LinearPart,
@@ -124,31 +126,14 @@ class Builder:
         part = LinearPart(f"{prefix}.gate", num_experts)
         router = self._add(self._make(LinearLayer((part,), hidden_size, module="Router")))
         route = self._kernel(ops.MOE_ROUTE, {"experts": num_experts, "top_k": top_k})
-        layers = []
+        layers: list[Pair[LinearLayer]] = []
         for index in range(num_experts):
             name = f"{prefix}.experts.{index}"
             gate_up = (LinearPart(f"{name}.gate_proj", width), LinearPart(f"{name}.up_proj", width))
             down = (LinearPart(f"{name}.down_proj", hidden_size),)
-            layers.append(
-                (LinearLayer(gate_up, hidden_size, act="silu_mul"), LinearLayer(down, width)),
-            )
+            layers.append((LinearLayer(gate_up, hidden_size, act="silu_mul"), LinearLayer(down, width)))
         formats = [(self._formats(gate_up), self._formats(down)) for gate_up, down in layers]
-        kernel = self._kernel(*common_format(formats, top_k))
-        share = top_k / num_experts
-        experts: Experts
-        if isinstance(kernel, OneByOne):
-            experts = SingleExperts(
-                [
-                    self._add(
-                        Expert(self._linear(layer[0], found[0]), self._linear(layer[1], found[1]), share)
-                    )
-                    for layer, found in zip(layers, formats, strict=True)
-                ]
-            )
-        else:
-            experts = StackedExperts(kernel, num_experts)
-            for index, found in enumerate(formats):
-                self._add(StackedExpert(experts, index, [*found[0], *found[1]], share))
+        experts = self._experts(*common_format(formats, top_k), layers, formats, top_k / num_experts)
         self.graph_safe = self.graph_safe and experts.graph_safe
         return MoE(router, route, experts, top_k=top_k, renormalise=renormalise)
 
@@ -179,6 +164,37 @@ class Builder:
             scheme = Int8HeadScheme(layer, self.dtype)
         self.head = self._add(self._make(layer, scheme))
         return self.head
+
+    def _experts(
+        self,
+        operation: str,
+        shape: Mapping[str, int],
+        layers: list[Pair[LinearLayer]],
+        formats: list[Pair[Formats]],
+        share: float,
+    ) -> Experts:
+        """By the kernel of `operation`, or by linears where that is `OneByOne`. Pairs: gate and up, and down."""
+        kernel = self._kernel(operation, shape)
+        if isinstance(kernel, OneByOne):
+            return self._single_experts(layers, formats, share)
+        return self._stacked_experts(kernel, formats, share)
+
+    def _single_experts(
+        self, layers: list[Pair[LinearLayer]], formats: list[Pair[Formats]], share: float
+    ) -> SingleExperts:
+        experts = []
+        for (gate_up, down), (first, second) in zip(layers, formats, strict=True):
+            expert = Expert(self._linear(gate_up, first), self._linear(down, second), share)
+            experts.append(self._add(expert))
+        return SingleExperts(experts)
+
+    def _stacked_experts(
+        self, kernel: ExpertsKernel, formats: list[Pair[Formats]], share: float
+    ) -> StackedExperts:
+        experts = StackedExperts(kernel, len(formats))
+        for index, (gate_up, down) in enumerate(formats):
+            self._add(StackedExpert(experts, index, [*gate_up, *down], share))
+        return experts
 
     def _formats(self, layer: LinearLayer) -> Formats:
         """How a fused linear is stored: as one, or each part by itself."""

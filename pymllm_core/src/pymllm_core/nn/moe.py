@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ Format = tuple[LinearLayer, LinearScheme]
 
 Formats = list[Format]
 """Those of a fused linear: one, or one for each part where the parts are stored unlike."""
+
+T = TypeVar("T")
+Pair = tuple[T, T]
+"""Of an expert: what concerns gate and up, and what concerns down."""
 
 
 class Experts(Protocol):
@@ -57,8 +61,8 @@ class MoE:
         return self._experts(x, weights, ids, residual)
 
 
-def common_format(experts: Sequence[tuple[Formats, Formats]], top_k: int) -> tuple[str, Mapping[str, int]]:
-    """The operation that serves experts stored like these, [(gate and up, down)], and its dimensions."""
+def common_format(experts: Sequence[Pair[Formats]], top_k: int) -> tuple[str, Mapping[str, int]]:
+    """The operation that serves experts which are stored like these, and its dimensions."""
     (first, *_), (last, *_) = experts[0]
     dimensions = {
         "experts": len(experts),
@@ -82,6 +86,9 @@ def common_format(experts: Sequence[tuple[Formats, Formats]], top_k: int) -> tup
 
 class OneByOne:
     """The implementation of every operation of experts by linears, each with the kernel chosen for its shape."""
+
+
+ONE_BY_ONE = f"{__name__}:OneByOne"
 
 
 class Expert:
