@@ -47,7 +47,7 @@ def build_shared_library(
     compiler: str,
     flags: Sequence[str],
     *,
-    expected_seconds: int = 6,
+    expected_seconds: int = 8,
 ) -> Path:
     """Compile ``sources`` into one shared library, or find it in the cache.
 
@@ -89,7 +89,7 @@ def load_shared_library(
     compiler: str,
     flags: Sequence[str],
     *,
-    expected_seconds: int = 6,
+    expected_seconds: int = 8,
 ) -> ctypes.CDLL:
     """Build (or find) a library and load it; one that does not load is built anew once.
 

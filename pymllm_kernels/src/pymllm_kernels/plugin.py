@@ -63,6 +63,7 @@ def pymllm_kernels() -> list[KernelSpec]:
             needs=_cpu(K=ShapeRule(maximum=1 << 16)),
             priority=100,
         ),
+        *_weight_only(),
         KernelSpec(
             operation="attention_prep",
             name="cpu-avx512-bf16",
@@ -86,6 +87,21 @@ def _triton_kernels() -> list[KernelSpec]:
         )
         for operation, implementation, needs in (
             ("linear", "linear:TritonLinear", _triton()),
+            ("w8a8_linear", "w8a8:TritonW8A8", _triton()),
+            (
+                "w4a16_linear",
+                "w4a16:TritonW4A16",
+                _triton(
+                    K=ShapeRule(multiple_of=32),
+                    group_size=ShapeRule(multiple_of=32),
+                    g_idx=ShapeRule(one_of=(0,)),
+                ),
+            ),
+            (
+                "w8a16_linear",
+                "w8a16:TritonW8A16",
+                _triton(group_size=ShapeRule(multiple_of=16), g_idx=ShapeRule(one_of=(0,))),
+            ),
             (
                 "attention_prep",
                 "attention_prep:TritonAttentionPrep",
@@ -105,6 +121,24 @@ def _triton_kernels() -> list[KernelSpec]:
                     down_symmetric=ShapeRule(one_of=(1,)),
                 ),
             ),
+        )
+    ]
+
+
+def _weight_only() -> list[KernelSpec]:
+    several, one = {"group_size": ShapeRule(multiple_of=8)}, {"groups": ShapeRule(one_of=(1,))}
+    return [
+        KernelSpec(
+            operation=operation,
+            name=name,
+            implementation=f"pymllm_kernels.cpu_nodes:{node}",
+            needs=_cpu(**groups),
+            priority=priority,
+        )
+        for operation, node in (("w4a16_linear", "W4A16Node"), ("w8a16_linear", "W8A16Node"))
+        for name, priority, groups in (
+            ("cpu-avx512-bf16", 100, several),
+            ("cpu-avx512-bf16-channel", 99, one),
         )
     ]
 

@@ -130,6 +130,7 @@ class AttentionSeam:
     """An attention backend that does nothing but hand the queries to `attend`."""
 
     graph_safe = False
+    prepares_decodes = False
 
     def __init__(self, attend: Attend) -> None:
         self._attend = attend

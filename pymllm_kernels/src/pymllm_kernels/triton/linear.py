@@ -50,12 +50,13 @@ class TritonLinear:
         n, dtype = packed.out_features, out_dtype or x.dtype
         if rows > MAX_FEW_ROWS:
             return many_rows(x, packed, norm, residual, dtype)
-        sms = gpu(x.device).sms
+        device = gpu(x.device)
+        sms = device.sms
         out = torch.empty((rows, n), dtype=dtype, device=x.device)
         if rows == 1:
             matvec(x, packed, norm, residual, out, matvec_blocks(n, columns, sms, gated=packed.gated))
         elif rows:
-            blocks = few_rows_blocks(rows, n, columns, sms, gated=packed.gated)
+            blocks = few_rows_blocks(n, columns, sms, gated=packed.gated, shared=device.shared)
             few_rows(x, packed, norm, residual, out, blocks)
         return out
 
@@ -132,7 +133,8 @@ def many_rows(
     if norm is not None:
         x = rms_norm(unit_stride(x), *norm)
     if residual is not None and packed.bias is None and not packed.gated and dtype == x.dtype:
-        return torch.addmm(residual, x, packed.weight.t())
+        # In the residual's own memory, which the contract allows: no copy of it comes first.
+        return residual.addmm_(x, packed.weight.t())
     y = F.linear(x, packed.weight, packed.bias)
     y = silu_mul(y, dtype) if packed.gated else y.to(dtype)
     return y if residual is None else y + residual
