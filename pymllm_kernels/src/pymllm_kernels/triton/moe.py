@@ -199,6 +199,7 @@ def grouped(
         BLOCK_N=blocks.block_n,
         BLOCK_K=blocks.block_k,
         STAGES=blocks.stages,
+        WEIGHTS_LEFT=blocks.weights_left,
         num_warps=blocks.warps,
     )
 

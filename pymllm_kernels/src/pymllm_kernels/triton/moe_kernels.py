@@ -168,10 +168,19 @@ def weight_tile(
 
 
 @triton.jit
-def dot_tile(a, a_high, low, high, acc, BITS: tl.constexpr):
-    acc = tl.dot(a, tl.trans(low), acc)
+def multiply(a, w, acc, WEIGHTS_LEFT: tl.constexpr):
+    """acc + a @ w.T, or its transpose: for few rows of a, the weights fill the tensor cores' tile."""
+    if WEIGHTS_LEFT:
+        return tl.dot(w, tl.trans(a), acc, out_dtype=acc.dtype)
+    else:
+        return tl.dot(a, tl.trans(w), acc, out_dtype=acc.dtype)
+
+
+@triton.jit
+def multiply_halves(a, a_high, low, high, acc, BITS: tl.constexpr, WEIGHTS_LEFT: tl.constexpr):
+    acc = multiply(a, low, acc, WEIGHTS_LEFT)
     if BITS == 4:
-        acc = tl.dot(a_high, tl.trans(high), acc)
+        acc = multiply(a_high, high, acc, WEIGHTS_LEFT)
     return acc
 
 
@@ -197,6 +206,7 @@ def grouped_kernel(
     K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr,
     GATED: tl.constexpr, PAIRS_A_ROW: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
 ):  # fmt: skip
     """out[p] = act(x[p // PAIRS_A_ROW] @ weight[expert of p].T) for all pairs p, BLOCK_M of one expert a program.
 
@@ -215,7 +225,9 @@ def grouped_kernel(
         scale += matrix * (K // GROUP)
         if ASYMMETRIC:
             zero_point += matrix * (K // GROUP)
-    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    left: tl.constexpr = BLOCK_N if WEIGHTS_LEFT else BLOCK_M
+    right: tl.constexpr = BLOCK_M if WEIGHTS_LEFT else BLOCK_N
+    y = tl.zeros((left, right), dtype=tl.float32)
     up = y
     dtype: tl.constexpr = x.dtype.element_ty
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -232,14 +244,16 @@ def grouped_kernel(
         low, high = weight_tile(
             weight, scale, zero_point, weight_rows, start, dtype, K, GROUP, BITS, ASYMMETRIC, BLOCK_K
         )
-        y = dot_tile(a, a_high, low, high, y, BITS)
+        y = multiply_halves(a, a_high, low, high, y, BITS, WEIGHTS_LEFT)
         if GATED:
             low, high = weight_tile(
                 weight, scale, zero_point, weight_rows + N, start, dtype, K, GROUP, BITS, ASYMMETRIC, BLOCK_K
             )
-            up = dot_tile(a, a_high, low, high, up, BITS)
+            up = multiply_halves(a, a_high, low, high, up, BITS, WEIGHTS_LEFT)
     if GATED:
         y = silu(y) * up
+    if WEIGHTS_LEFT:
+        y = tl.trans(y)
     tl.store(
         out + pairs.to(tl.int64)[:, None] * N + wanted[None, :],
         y.to(out.dtype.element_ty),

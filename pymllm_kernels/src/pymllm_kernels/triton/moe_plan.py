@@ -23,13 +23,17 @@ class VectorBlocks:
 
 @dataclass(frozen=True, slots=True)
 class GroupedBlocks:
-    """block_m: pairs of one expert a program. block_n: results, block_k: columns a step, stages: of the loop."""
+    """block_m: pairs of one expert a program. block_n: results, block_k: columns a step, stages: of the loop.
+
+    weights_left: the weights, not the rows, are the products' left operand, whose rows a tile has many of.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
+    weights_left: bool
 
 
 def group_part(group: int, most: int) -> int:
@@ -62,13 +66,14 @@ def grouped_blocks(
     """
     mean = power_of_2(tokens) * top_k / experts
     block_m = 16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= 96 else 128
-    # Few rows wait for weights: long runs of them. Many rows need the registers and the shared memory.
-    most = {16: 128, 8: 64, 4: 128}[bits] if block_m <= 32 else 64
+    # As many bytes of weights a step as the registers of many rows leave room for.
+    most = 128 if bits == 4 and block_m <= 32 else 64
     block_k = most if bits == 16 else group_part(group, most)
     block_n = min(64 if gated or block_m <= 32 else 128, max(power_of_2(n), 16))
     warps = 8 if block_m == 128 else 4
     # Within the 99 KB of shared memory that the smallest of these devices gives a block.
-    return GroupedBlocks(block_m, block_n, block_k, warps, stages=3 if bits == 16 or block_m >= 64 else 4)
+    stages = 3 if block_m >= 64 else 4
+    return GroupedBlocks(block_m, block_n, block_k, warps, stages, weights_left=block_m <= 32)
 
 
 def max_blocks(pairs: int, experts: int, block_m: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pymllm_kernels.triton.launch import ceil_div, power_of_2
 from pymllm_kernels.triton.linear import unit_stride
 from pymllm_kernels.triton.moe import combine
-from pymllm_kernels.triton.moe_kernels import find_rows
+from pymllm_kernels.triton.moe_kernels import find_rows, multiply
 from pymllm_kernels.triton.moe_plan import grouped_blocks, max_blocks
 from pymllm_kernels.triton.moe_route import ExpertRows, expert_rows
 from pymllm_kernels.triton.norm import silu
@@ -42,6 +42,7 @@ def grouped_int8_kernel(
     x, x_scale, weight, weight_scale, out, order, starts, counts, N,
     K: tl.constexpr, GATED: tl.constexpr, PAIRS_A_ROW: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
 ):  # fmt: skip
     """`moe_kernels.grouped_kernel` for codes: x [., K] int8, x_scale [.]; weight [E, N, K], weight_scale [E, N]."""
     expert, pairs, mask = find_rows(tl.program_id(0), order, starts, counts, E, BLOCK_E, BLOCK_M)
@@ -50,17 +51,23 @@ def grouped_int8_kernel(
     x_rows = (pairs // PAIRS_A_ROW).to(tl.int64)
     wanted = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_rows = expert.to(tl.int64) * (2 * N if GATED else N) + tl.minimum(wanted, N - 1)
-    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    left: tl.constexpr = BLOCK_N if WEIGHTS_LEFT else BLOCK_M
+    right: tl.constexpr = BLOCK_M if WEIGHTS_LEFT else BLOCK_N
+    y = tl.zeros((left, right), dtype=tl.int32)
     up = y
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_K)
         inside = (cols < K)[None, :]
         a = tl.load(x + x_rows[:, None] * K + cols[None, :], mask=mask[:, None] & inside, other=0)
         w = tl.load(weight + weight_rows[:, None] * K + cols[None, :], mask=inside, other=0)
-        y = tl.dot(a, tl.trans(w), y, out_dtype=tl.int32)
+        y = multiply(a, w, y, WEIGHTS_LEFT)
         if GATED:
             w = tl.load(weight + (weight_rows + N)[:, None] * K + cols[None, :], mask=inside, other=0)
-            up = tl.dot(a, tl.trans(w), up, out_dtype=tl.int32)
+            up = multiply(a, w, up, WEIGHTS_LEFT)
+    if WEIGHTS_LEFT:
+        y = tl.trans(y)
+        if GATED:
+            up = tl.trans(up)
     scale = tl.load(x_scale + x_rows)[:, None]
     result = y.to(tl.float32) * scale * tl.load(weight_scale + weight_rows)[None, :]
     if GATED:
@@ -162,5 +169,6 @@ def grouped(
         BLOCK_N=blocks.block_n,
         BLOCK_K=blocks.block_k,
         STAGES=blocks.stages,
+        WEIGHTS_LEFT=blocks.weights_left,
         num_warps=blocks.warps,
     )
