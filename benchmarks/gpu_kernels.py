@@ -7,6 +7,9 @@ prefills. Every variant is appended to the file; the screen shows the best of th
 
     python benchmarks/gpu_kernels.py [--models 0.6B,8B] [--only linear,w8a8,w4a16,w8a16,prep,decode,prefill]
                                      [--rows 1,8,16,32] [--no-pdl] [--out results.jsonl]
+
+Compiling takes longest. Processes beside each other that run first with ``--compile 0/16`` to ``--compile 15/16``
+and the same selection leave all that is needed in Triton's cache.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +91,14 @@ def with_blocks(fill: Callable[..., None], blocks: Any) -> Callable[..., None]:
 def variants(kind: str, rows: int, n: int, k: int, gated: bool) -> Iterator[tuple[str, Callable[..., None]]]:
     """Candidates by name: each fills out from (x, packed, norm, residual, out)."""
     matrices = 2 if gated else 1
-    if rows == 1:
+    if kind == "w4a16":
+        # Few enough for all shapes to take a minute once they are compiled.
+        loops = ((4, 4), (8, 8), (4, 8))
+        for block_n, (warps, units), stages in itertools.product((16, 32, 64), loops, (3, 5)):
+            if block_n * matrices <= 64 and rows <= w4a16.MAX_FEW_ROWS:
+                blocks = Blocks(block_n, min(units * 128, 1 << (k - 1).bit_length()), warps, stages)
+                yield str(dataclasses.astuple(blocks)), with_blocks(w4a16.few_rows, blocks)
+    elif rows == 1:
         module, bits = MODULES[kind], BITS[kind]
         for block_n, block_k, warps in itertools.product((2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8)):
             loaded = block_n * block_k * matrices * bits // 8
@@ -118,9 +128,10 @@ def variants(kind: str, rows: int, n: int, k: int, gated: bool) -> Iterator[tupl
             yield name, with_blocks(w8a8.matmul, (block_m, block))
     elif rows <= 64:
         few = MODULES[kind].few_rows
-        widths = (128, 256, 512) if kind == "w4a16" else (64, 128, 256)
-        for block_n, block_k, warps, stages in itertools.product((16, 32, 64), widths, (2, 4, 8), (3, 5)):
-            if block_n * warps > 256 or (kind == "w4a16" and stages == 5):
+        for block_n, block_k, warps, stages in itertools.product(
+            (16, 32, 64), (64, 128, 256), (2, 4, 8), (3, 5)
+        ):
+            if block_n * warps > 256:
                 continue
             block = Blocks(block_n // (2 if gated and block_n > 16 else 1), block_k, warps, stages)
             yield str(dataclasses.astuple(block)), with_blocks(few, block)
@@ -135,8 +146,12 @@ def bench_linear(
     rows: int,
     *,
     tried: bool,
+    part: Sequence[int] | None,
 ) -> None:
-    """One projection. sizes: as `Shape.linears` gives them. tried: time the variants, too."""
+    """One projection. sizes: as `Shape.linears` gives them. tried: time the variants, too.
+
+    part: (i, n): of every n variants compile the one at i, by one call, and time nothing.
+    """
     n, k, gated, with_norm, with_residual = sizes
     node = NODES[kind]
     act = "silu_mul" if gated else None
@@ -144,7 +159,8 @@ def bench_linear(
     moved = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
     copies = copies_of(moved)
     packed = [node.pack(dict(first), act=act)]
-    packed += [node.pack(tensors(kind, n, k), act=act) for _ in range(copies - 1)]
+    if part is None:
+        packed += [node.pack(tensors(kind, n, k), act=act) for _ in range(copies - 1)]
     x = torch.randn(rows, k, dtype=BF16, device=DEVICE)
     results = n // 2 if gated else n
     norm = (torch.randn(k, dtype=BF16, device=DEVICE), 1e-6) if with_norm else None
@@ -166,6 +182,11 @@ def bench_linear(
             (candidate, functools.partial(filled, fill))
             for candidate, fill in variants(kind, rows, n, k, gated)
         ]
+    if part is not None:
+        for _, call in calls[part[0] :: part[1]]:
+            with contextlib.suppress(Exception):  # which the timing will name
+                call(packed[0])
+        return
     report.candidates(
         f"{kind} {model} {name} {rows}x{n}x{k}",
         calls,
@@ -190,8 +211,12 @@ def main() -> None:
     parser.add_argument("--no-variants", action="store_true", help="only what the table chooses")
     parser.add_argument("--no-pdl", action="store_true", help="without programmatic dependent launch")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_kernels.jsonl"))
+    parser.add_argument(
+        "--compile", metavar="I/N", help="only compile every N-th variant of products from I on"
+    )
     args = parser.parse_args()
     report, tried = Report(args.out), not args.no_variants
+    part = tuple(map(int, args.compile.split("/"))) if args.compile else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         if args.no_pdl:
@@ -199,10 +224,11 @@ def main() -> None:
         for model, only in itertools.product(args.models.split(","), args.only.split(",")):
             shape, begin = MODELS[model], time.monotonic()
             if only in NODES:
-                for rows in map(int, args.rows.split(",")):
-                    bench_linear(
-                        report, only, model, shape, rows, tried=tried and (rows <= 64 or only == "w8a8")
-                    )
+                for rows, (name, sizes) in itertools.product(
+                    map(int, args.rows.split(",")), shape.linears().items()
+                ):
+                    tries = tried and (rows <= 64 or only == "w8a8")
+                    bench_linear(report, only, model, name, sizes, rows, tried=tries, part=part)
             elif only == "prep":
                 for tokens in (1, 8, 1024):
                     bench_prep(report, model, shape, tokens)

@@ -31,6 +31,7 @@ from pymllm_kernels.triton.w8a16 import TritonW8A16
 
 SMS = {(8, 0): 108, (8, 6): 82, (8, 7): 16, (8, 9): 128, (9, 0): 132}
 """Streaming multiprocessors of an A100, an RTX 3090, a Jetson AGX Orin, an RTX 4090 and an H100 or H200."""
+SIZES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_U", "BLOCK", "SPLITS", "STAGES", "GATED")
 SPILLS = 64
 """Bytes a thread that are let pass: a few values, kept over a long loop."""
 
@@ -86,7 +87,7 @@ def attention(shape: Shape, rows: int) -> None:
 def line(capability: tuple[int, int], model: str, rows: int, launch: Compiled) -> str:
     sizes = ", ".join(
         f"{name.lower().removeprefix('block_')} {launch.constants[name]}"
-        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_W", "BLOCK", "SPLITS", "STAGES", "GATED")
+        for name in SIZES
         if name in launch.constants and launch.constants[name] is not False
     )
     grid = " x ".join(map(str, launch.grid))

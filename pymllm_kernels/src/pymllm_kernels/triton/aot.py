@@ -32,6 +32,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }

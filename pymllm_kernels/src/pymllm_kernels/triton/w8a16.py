@@ -64,7 +64,7 @@ class TritonW8A16:
         if rows > MAX_FEW_ROWS:
             return many_rows(
                 x,
-                lambda first, count: widen(packed, first, count, x.dtype),
+                lambda first, wide: widen(packed, first, wide),
                 packed.weight.shape[0],
                 packed.bias,
                 norm,
@@ -164,10 +164,9 @@ def few_rows(
     )
 
 
-def widen(packed: Int8Codes, first: int, rows: int, dtype: torch.dtype) -> Tensor:
-    """Rows first to first + rows of the weight, dequantised: [rows, K]."""
-    columns = packed.weight.shape[1]
-    wide = torch.empty((rows, columns), dtype=dtype, device=packed.weight.device)
+def widen(packed: Int8Codes, first: int, wide: Tensor) -> None:
+    """Fill wide [rows, K] with the dequantised rows of the weight from `first` on."""
+    rows, columns = wide.shape
     w8a16_dequantize_kernel[(ceil_div(rows, 8), ceil_div(columns, 512))](
         packed.weight,
         packed.scale,
@@ -182,4 +181,3 @@ def widen(packed: Int8Codes, first: int, rows: int, dtype: torch.dtype) -> Tenso
         ASYMMETRIC=packed.zero_point is not None,
         num_warps=4,
     )
-    return wide
