@@ -44,7 +44,7 @@ COMBINATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
         ("tests/quant_ct",),
         "test-quant",
     ),
-    "core+kernels": (("pymllm_core", "pymllm_kernels"), ("tests/kernels",), "test"),
+    "core+kernels": (("pymllm_core", "pymllm_kernels"), ("tests/kernels",), "test-kernels"),
     "core+server": (("pymllm_core", "pymllm_server"), ("tests/server",), "test-server"),
     # Not tests/kernels, whose numbers do not depend on what else is installed.
     "everything": (

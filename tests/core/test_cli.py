@@ -149,14 +149,22 @@ def test_plugins_is_quick_and_imports_no_torch() -> None:
         times.append(time.perf_counter() - start)
     lines = done.stdout.splitlines()
     assert lines[0].startswith("pymllm-core ")
-    assert "  commands: plugins, plan, doctor, generate, chat, version" in lines
+    assert "  commands: plugins, plan, doctor, generate, chat, bench, version" in lines
     assert lines[-1] == "False"
     # 0.2 s alone on the machine; the bound leaves room for what else runs there.
     assert min(times) < 0.5
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["plan", "--help"], ["generate", "--help"], ["version"], ["chat", "-h"]]
+    "argv",
+    [
+        ["--help"],
+        ["plan", "--help"],
+        ["generate", "--help"],
+        ["version"],
+        ["chat", "-h"],
+        ["bench", "one-batch", "-h"],
+    ],
 )
 def test_help_and_version_import_no_torch(argv: list[str]) -> None:
     code = f"import sys; from pymllm_core import cli; cli.run({argv!r}); print('torch' in sys.modules)"
@@ -170,7 +178,7 @@ def test_plugins_as_json() -> None:
     core = found["plugins"][0]
     assert core["distribution"] == "pymllm-core"
     names = [entry["name"] for entry in core["hooks"]["pymllm_commands"]]
-    assert names == ["plugins", "plan", "doctor", "generate", "chat", "version"]
+    assert names == ["plugins", "plan", "doctor", "generate", "chat", "bench", "version"]
     assert found["contract"] == CONTRACT
 
 

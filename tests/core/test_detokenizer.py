@@ -53,6 +53,13 @@ def pieces(tokenizer: Any, tokens: list[int], *, skip: bool = False, **options: 
     return [*(detokenizer.add(token)[0] for token in tokens), detokenizer.flush()]
 
 
+def at_once(tokenizer: Any, tokens: list[int], *, skip: bool = False) -> str:
+    """What a detokenizer says that is asked at the end only."""
+    detokenizer = Detokenizer(tokenizer, stop=(), skip_special_tokens=skip, at_once=True)
+    assert all(detokenizer.add(token) == ("", None) for token in tokens)
+    return detokenizer.flush()
+
+
 def full(tokenizer: Any, tokens: list[int], *, skip: bool = False) -> str:
     text: str = tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     return text
@@ -67,6 +74,7 @@ def check(tokenizer: Any, tokens: list[int], *, skip: bool = False) -> None:
     for count in range(4, len(tokens) + 1):
         before = full(tokenizer, tokens[: count - 3], skip=skip).rstrip("\ufffd")
         assert "".join(found[:count]).startswith(before)
+    assert at_once(tokenizer, tokens, skip=skip) == "".join(found)
     # A character is given whole or not at all: no piece holds a U+FFFD that the whole text does not.
     assert "".join(found).count("\ufffd") <= whole.count("\ufffd")
 

@@ -161,6 +161,35 @@ def test_overlap_and_radix_do_not_change_answers(on_cpu: list[Any], overlap: boo
             assert_same_but_for_ties(tokens[str(index)], reference)
 
 
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+def test_answers_of_all_backends(on_cpu: list[Any], backend: str, graphs: bool) -> None:
+    """All prompts at once, so that batches shrink through the sizes of the graphs; then sampled ones."""
+    with LLM(
+        "demo",
+        device="cuda",
+        attention_backend=backend,
+        disable_cuda_graph=not graphs,
+        mem_fraction_static=0.1,
+        max_running_requests=20,
+        max_prefill_tokens=256,
+    ) as llm:
+        params = SamplingParams(max_tokens=48, temperature=0.0)
+        for _ in range(2):
+            answers = llm.chat([chat(p) for p in [*PROMPTS, LONG]], params)
+            for answer, reference in zip(answers, on_cpu, strict=True):
+                assert_same_but_for_ties(answer.token_ids, reference)
+        for seed in range(3):
+            sampled = SamplingParams(max_tokens=16, temperature=0.8, top_p=0.9, seed=seed)
+            # The same tokens again; and among greedy ones, whose answers it must not touch.
+            alone = llm.chat(chat(PROMPTS[1]), sampled)
+            mixed = llm.chat([chat(p) for p in PROMPTS[:3]], [params, sampled, params])
+            assert alone.token_ids == llm.chat(chat(PROMPTS[1]), sampled).token_ids
+            assert mixed[1].finish_reason is not None
+            assert_same_but_for_ties(mixed[0].token_ids, on_cpu[0])
+            assert_same_but_for_ties(mixed[2].token_ids, on_cpu[2])
+
+
 def test_seeded_sampling_and_penalties_run_on_the_device() -> None:
     params = SamplingParams(
         max_tokens=32, temperature=0.9, top_p=0.9, top_k=50, min_p=0.01, seed=7,

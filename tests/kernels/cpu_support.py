@@ -31,6 +31,11 @@ def randn(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor
     return (torch.randn(*shape, generator=generator) * scale).to(torch.bfloat16)
 
 
+def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A buffer in which nothing may be left as it is."""
+    return torch.full((rows, columns), float("nan"), dtype=dtype)
+
+
 def rel_error(got: Tensor, expected: Tensor) -> float:
     """||got - expected|| / ||expected||, NaN where got has one."""
     return float((got.double() - expected.double()).norm() / expected.double().norm())

@@ -191,3 +191,33 @@ def _rounded(model: nn.Module) -> dict[str, Tensor]:
                 **({} if g_idx is None else {"g_idx": g_idx}),
             )
     return wide
+
+
+def loaded_weights(folder: Path, dtype: str = "bfloat16") -> dict[str, Tensor]:
+    """The weights [N, K] of all quantised linears by module, as our loader reads and dequantises them."""
+    from pymllm_core.config import Settings
+    from pymllm_core.engine.build import assemble
+    from pymllm_core.engine.checkpoint import Checkpoint
+    from pymllm_core.nn.linear import Linear
+    from pymllm_core.nn.quant_ops import dequantize, unpack_int4
+    from pymllm_core.nn.split_linear import SplitLinear
+    from pymllm_core.testing.engines import registry_of
+
+    settings = Settings.of(str(folder), device="cpu", dtype=dtype)
+    builder = assemble(settings, registry_of("pymllm_qwen3.plugin", "pymllm_quant_ct.plugin")).builder
+    checkpoint = Checkpoint(folder)
+    found = {}
+    for node in builder.nodes:
+        for linear in node.parts if isinstance(node, SplitLinear) else [node]:
+            if not isinstance(linear, Linear) or linear.scheme.name == "dense":
+                continue
+            tensors = linear.scheme.load(checkpoint.read, torch.device("cpu"))
+            codes = tensors["weight"]
+            if linear.scheme.operation == "w4a16_linear":
+                codes = unpack_int4(codes, linear.layer.in_features)
+            scale = tensors["scale"] if "scale" in tensors else tensors["weight_scale"][:, None]
+            weight = dequantize(codes, scale, tensors.get("zero_point"), tensors.get("g_idx"))
+            rows = [part.out_features for part in linear.layer.parts]
+            for part, piece in zip(linear.layer.parts, weight.split(rows), strict=True):
+                found[part.name] = piece
+    return found

@@ -6,16 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from ct_files import loaded_weights
 from make_fixtures import digest
 
-from pymllm_core.config import Settings
-from pymllm_core.engine.build import assemble
-from pymllm_core.engine.checkpoint import Checkpoint
-from pymllm_core.nn.linear import Linear
-from pymllm_core.nn.quant_ops import dequantize, unpack_int4
-from pymllm_core.nn.split_linear import SplitLinear
-from pymllm_core.testing.engines import complete, greedy, make_engine, registry_of
+from pymllm_core.testing.engines import complete, greedy, make_engine
 
 PLUGINS = ("pymllm_qwen3.plugin", "pymllm_quant_ct.plugin")
 FIXTURES = sorted((Path(__file__).parent / "fixtures").iterdir())
@@ -23,25 +17,8 @@ FIXTURES = sorted((Path(__file__).parent / "fixtures").iterdir())
 
 @pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
 def test_weights_of_a_version(folder: Path) -> None:
-    settings = Settings.of(str(folder), device="cpu", dtype="bfloat16")
-    builder = assemble(settings, registry_of(*PLUGINS)).builder
-    checkpoint = Checkpoint(folder)
     expected = json.loads((folder / "expected.json").read_text())
-    found = {}
-    for node in builder.nodes:
-        parts = node.parts if isinstance(node, SplitLinear) else [node]
-        for linear in parts:
-            if not isinstance(linear, Linear) or linear.scheme.name == "dense":
-                continue
-            tensors = linear.scheme.load(checkpoint.read, torch.device("cpu"))
-            codes = tensors["weight"]
-            if linear.scheme.operation == "w4a16_linear":
-                codes = unpack_int4(codes, linear.layer.in_features)
-            scale = tensors["scale"] if "scale" in tensors else tensors["weight_scale"][:, None]
-            weight = dequantize(codes, scale, tensors.get("zero_point"), tensors.get("g_idx"))
-            rows = [part.out_features for part in linear.layer.parts]
-            for part, piece in zip(linear.layer.parts, weight.split(rows), strict=True):
-                found[f"{part.name}.weight"] = digest(piece)
+    found = {f"{name}.weight": digest(weight) for name, weight in loaded_weights(folder).items()}
     assert found == expected
 
 

@@ -236,7 +236,7 @@ class LLM:
         parts: dict[str, list[Delta]] = {request.id: [] for request in requests}
         advance, done = _bar(len(requests)) if progress else (_nothing, _nothing)
         try:
-            for delta in self._stream(requests):
+            for delta in self._stream([replace(request, stream=False) for request in requests]):
                 parts[delta.request_id].append(delta)
                 if delta.finish_reason is not None:
                     advance()

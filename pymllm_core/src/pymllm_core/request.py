@@ -99,7 +99,8 @@ class Request:
 
     token_ids: the prompt. key_ids: what the prefix cache compares instead, same length; an image's
     placeholder tokens carry numbers derived from its content there. cache_namespace: requests of
-    different namespaces never share pages (adapters, tenants).
+    different namespaces never share pages (adapters, tenants). stream: whether tokens are wanted as they
+    come; where not, the only delta is the last.
     """
 
     id: str
@@ -107,6 +108,7 @@ class Request:
     params: SamplingParams = SamplingParams()
     key_ids: tuple[int, ...] | None = None
     cache_namespace: str = ""
+    stream: bool = True
     arrival: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:

@@ -11,11 +11,14 @@ import torch
 
 from pymllm_kernels.cpu_attention import paged_attention, qk_norm_rope_write
 from pymllm_kernels.cpu_library import REQUIRED_CPU_FLAGS
-from pymllm_kernels.cpu_linear import CpuLinear, PackedLinear
+from pymllm_kernels.cpu_linear import CpuLinear
+from pymllm_kernels.cpu_tiles import PackedLinear
+from pymllm_kernels.cpu_w8a8 import CpuW8A8Linear
 
 __all__ = [
     "REQUIRED_CPU_FLAGS",
     "CpuLinear",
+    "CpuW8A8Linear",
     "PackedLinear",
     "paged_attention",
     "qk_norm_rope_write",
@@ -24,7 +27,7 @@ __all__ = [
 
 
 def self_check() -> None:
-    """Run one small linear layer and one attention step and compare them with float64.
+    """Run one small linear layer of each format and one attention step and compare them with float64.
 
     Raises:
         pymllm_kernels.jit.KernelBuildError: the kernels do not compile.
@@ -38,6 +41,13 @@ def self_check() -> None:
     x, weight = random(3, 70), random(40, 70)
     linear = CpuLinear()
     _compare("linear", linear.apply(x, linear.pack(weight)), x.double() @ weight.double().T)
+
+    codes = torch.randint(-128, 128, (40, 70), generator=generator, dtype=torch.int8)
+    scale = torch.rand(40, generator=generator)
+    w8a8 = CpuW8A8Linear()
+    packed = w8a8.pack({"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(1.0)})
+    expected = x.round().double() @ codes.double().T * scale.double()
+    _compare("w8a8_linear", w8a8.apply(x, packed), expected)
 
     q, k, v = random(1, 2, 64), random(4, 1, 64), random(4, 1, 64)
     table, starts, lengths = (torch.tensor(values, dtype=torch.int32) for values in ([[1, 0]], [0, 1], [3]))

@@ -15,7 +15,7 @@ import torch
 from pymllm_kernels.jit import load_shared_library
 
 #: /proc/cpuinfo flags without which the kernels must not be called.
-REQUIRED_CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
+REQUIRED_CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"})
 
 _SOURCES = Path(__file__).parent / "csrc" / "cpu"
 _FLAGS = (
@@ -28,6 +28,7 @@ _FLAGS = (
     "-mavx512vl",
     "-mavx512dq",
     "-mavx512bf16",
+    "-mavx512vnni",
     "-mavx2",
     "-mprfchw",
     "-mfma",
@@ -37,12 +38,14 @@ _FLAGS = (
     "-fno-strict-aliasing",
 )
 
+_LINEAR: list[type] = [
+    *[c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float],
+    *[c_void_p, c_int64, c_void_p, c_int, c_int],
+]
 _SIGNATURES: dict[str, list[type]] = {
-    "pymllm_linear_pack": [c_void_p, *[c_int64] * 5, c_void_p, c_int],
-    "pymllm_linear": [
-        *[c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float],
-        *[c_void_p, c_int64, c_void_p, c_int, c_int],
-    ],
+    "pymllm_linear_pack": [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int],
+    "pymllm_linear": _LINEAR,
+    "pymllm_w8a8_linear": _LINEAR,
     "pymllm_qk_norm_rope_write": [
         *[c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_float],
         *[c_void_p, c_void_p, c_void_p, c_void_p],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,20 +12,22 @@ from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, Lay
 from pymllm_core.protocols.kernel import Norm
 from pymllm_kernels import cpu
 from pymllm_kernels.cpu_attention import paged_attention, qk_norm_rope_write
-from pymllm_kernels.cpu_linear import CpuLinear, PackedLinear
+from pymllm_kernels.cpu_linear import CpuLinear
+from pymllm_kernels.cpu_tiles import PackedLinear, TiledLinear
+from pymllm_kernels.cpu_w8a8 import CpuW8A8Linear
+
+KernelT = TypeVar("KernelT", bound=TiledLinear)
 
 
-class LinearNode:
-    """The operation ``linear`` for bf16, whole nodes in one call (`protocols.kernel.LinearKernel`)."""
+class _Node(Generic[KernelT]):
+    """A linear as a whole node (`protocols.kernel.LinearKernel`)."""
 
-    fuses = CpuLinear.fuses
+    fuses = TiledLinear.fuses
+    _kind: type[KernelT]
 
     @cached_property
-    def _kernel(self) -> CpuLinear:
-        return CpuLinear()
-
-    def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedLinear:
-        return self._kernel.pack(tensors["weight"], bias=tensors.get("bias"), act=act)
+    def _kernel(self) -> KernelT:
+        return self._kind()
 
     def apply(
         self,
@@ -36,6 +39,24 @@ class LinearNode:
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         return self._kernel.apply(x, packed, norm=norm, residual=residual, out_dtype=out_dtype)
+
+
+class LinearNode(_Node[CpuLinear]):
+    """The operation ``linear`` for bf16."""
+
+    _kind = CpuLinear
+
+    def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedLinear:
+        return self._kernel.pack(tensors["weight"], bias=tensors.get("bias"), act=act)
+
+
+class W8A8Node(_Node[CpuW8A8Linear]):
+    """The operation ``w8a8_linear`` for bf16 activations."""
+
+    _kind = CpuW8A8Linear
+
+    def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedLinear:
+        return self._kernel.pack(tensors, act=act)
 
 
 class AttentionPrepNode:

@@ -1,4 +1,4 @@
-"""Registers the CPU kernels."""
+"""Registers the CPU kernels and the Triton kernels for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,30 @@ from pymllm_core.specs import AttentionBackendSpec, KernelSpec, Needs, ShapeRule
 
 CONTRACT = "1.0"
 
-_AVX512_BF16 = Needs(
-    devices=("cpu",),
-    dtypes=("bfloat16",),
-    cpu_flags=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
-    programs=(("g++", "c++", "clang++"),),
-    shape={"head_dim": ShapeRule(multiple_of=2), "same_kv_dtype": ShapeRule(one_of=(1,))},
-)
+
+def _cpu(**shape: ShapeRule) -> Needs:
+    return Needs(
+        devices=("cpu",),
+        dtypes=("bfloat16",),
+        # One library for all; every CPU that has AVX512-BF16 has VNNI.
+        cpu_flags=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"),
+        programs=(("g++", "c++", "clang++"),),
+        shape=shape,
+    )
+
+
+_ATTENTION = _cpu(head_dim=ShapeRule(multiple_of=2), same_kv_dtype=ShapeRule(one_of=(1,)))
+
+
+def _triton(**shape: ShapeRule) -> Needs:
+    """What every Triton kernel needs, and the shapes that this one takes."""
+    return Needs(
+        devices=("cuda",),
+        capability_min=(8, 0),
+        dtypes=("bfloat16", "float16"),
+        modules={"triton": "triton"},
+        shape=shape,
+    )
 
 
 @hookimpl
@@ -24,16 +41,46 @@ def pymllm_kernels() -> list[KernelSpec]:
             operation="linear",
             name="cpu-avx512-bf16",
             implementation=f"{nodes}:LinearNode",
-            needs=_AVX512_BF16,
+            needs=_cpu(),
+            priority=100,
+        ),
+        KernelSpec(
+            operation="w8a8_linear",
+            name="cpu-avx512-vnni",
+            implementation=f"{nodes}:W8A8Node",
+            # Up to here int32 holds every sum.
+            needs=_cpu(K=ShapeRule(maximum=1 << 16)),
             priority=100,
         ),
         KernelSpec(
             operation="attention_prep",
             name="cpu-avx512-bf16",
             implementation=f"{nodes}:AttentionPrepNode",
-            needs=_AVX512_BF16,
+            needs=_ATTENTION,
             priority=100,
         ),
+        *_triton_kernels(),
+    ]
+
+
+def _triton_kernels() -> list[KernelSpec]:
+    nodes = "pymllm_kernels.triton"
+    return [
+        KernelSpec(
+            operation=operation,
+            name="triton",
+            implementation=f"{nodes}.{implementation}",
+            needs=needs,
+            priority=100,
+        )
+        for operation, implementation, needs in (
+            ("linear", "linear:TritonLinear", _triton()),
+            (
+                "attention_prep",
+                "attention_prep:TritonAttentionPrep",
+                _triton(head_dim=ShapeRule(multiple_of=2)),
+            ),
+        )
     ]
 
 
@@ -43,7 +90,30 @@ def pymllm_attention_backends() -> list[AttentionBackendSpec]:
         AttentionBackendSpec(
             name="cpu",
             implementation="pymllm_kernels.cpu_nodes:CpuAttention",
-            needs=_AVX512_BF16,
+            needs=_ATTENTION,
             priority=100,
-        )
+        ),
+        AttentionBackendSpec(
+            name="flashinfer",
+            implementation="pymllm_kernels.flashinfer_attention:FlashInferAttention",
+            needs=Needs(
+                devices=("cuda",),
+                capability_min=(8, 0),
+                dtypes=("bfloat16", "float16"),
+                modules={"flashinfer": "flashinfer-python", "tvm_ffi": "apache-tvm-ffi"},
+                # It compiles its kernels at their first use.
+                programs=(("nvcc",), ("ninja",)),
+                shape={
+                    "head_dim": ShapeRule(one_of=(64, 128, 256)),
+                    "same_kv_dtype": ShapeRule(one_of=(1,)),
+                },
+            ),
+            priority=50,
+        ),
+        AttentionBackendSpec(
+            name="triton",
+            implementation="pymllm_kernels.triton.attention:TritonAttention",
+            needs=_triton(head_dim=ShapeRule(one_of=(16, 32, 64, 128, 256))),
+            priority=100,
+        ),
     ]

@@ -85,7 +85,7 @@ async def chat_completions(
         )
         for _ in range(n)
     ]
-    generation = Generation(state, answer_id, choices(chat.request, n))
+    generation = Generation(state, answer_id, choices(chat.request, n), stream=bool(body.stream))
     run = _Chat(body, state, processor, generation, assemblers, Tally(n), int(time.time()))
     headers = ignored_header(ignored + more)
     if body.stream:

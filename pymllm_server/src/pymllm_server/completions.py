@@ -68,7 +68,7 @@ async def completions(
     )
     echoes = [_echo(processor, prompt) if body.echo else "" for prompt in prompts for _ in range(n)]
     every = [choice for request in requests for choice in choices(request, n)]
-    generation = Generation(state, answer_id, every)
+    generation = Generation(state, answer_id, every, stream=bool(body.stream))
     run = _Completion(
         body,
         state,

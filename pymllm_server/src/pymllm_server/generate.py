@@ -52,7 +52,9 @@ async def generate(
         for rid in rids:
             if rid in state.in_flight:
                 raise rid_in_use(rid)
-    generation = Generation(state, rids[0] if single else uuid.uuid4().hex, requests)
+    generation = Generation(
+        state, rids[0] if single else uuid.uuid4().hex, requests, stream=bool(body.stream)
+    )
     answers = [_Answer(rid, state) for rid in rids]
     headers = ignored_header(ignored)
     if body.stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from pymllm_core.errors import EngineError
 from pymllm_core.output import Delta
@@ -27,8 +28,13 @@ def rid_in_use(rid: str) -> ApiError:
 class Generation:
     """One engine request for each choice, in order of their index. `id` is what /abort_request takes."""
 
-    def __init__(self, state: ServerState, generation_id: str, requests: Sequence[Request]) -> None:
-        """Submit all, or none: where one is refused, those before it are aborted and the refusal raised."""
+    def __init__(
+        self, state: ServerState, generation_id: str, requests: Sequence[Request], *, stream: bool
+    ) -> None:
+        """Submit all, or none: where one is refused, those before it are aborted and the refusal raised.
+
+        stream: whether deltas are wanted as they come; where not, each request has one.
+        """
         state.require_ready()
         if generation_id in state.in_flight:
             raise rid_in_use(generation_id)
@@ -39,7 +45,7 @@ class Generation:
         self._pumps: list[asyncio.Task[None]] = []
         try:
             for request in requests:
-                self._streams.append(state.engine.submit(request))
+                self._streams.append(state.engine.submit(replace(request, stream=stream)))
         except BaseException:
             for request_id in self._ids[: len(self._streams)]:
                 state.engine.abort(request_id)

@@ -39,7 +39,7 @@ async def health_generate(http: Request, state: State) -> Response:
     params = processor.sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
     # Token 0 exists in each vocabulary, and a model without tokenizer can be probed too.
     request = processor.from_ids([0], params, request_id=f"health-{uuid.uuid4().hex}")
-    generation = Generation(state, request.id, [request])
+    generation = Generation(state, request.id, [request], stream=False)
     try:
         work = collect(http, generation, _one_token(generation))
         return answer(await asyncio.wait_for(work, GENERATE_S), {})

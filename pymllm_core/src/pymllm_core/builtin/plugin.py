@@ -151,6 +151,7 @@ def pymllm_commands() -> list[CommandSpec]:
         "doctor": "check this machine",
         "generate": "answer one prompt",
         "chat": "talk to a model in the terminal",
+        "bench": "measure one batch, or a server under load",
         "version": "versions of everything",
     }
     return [

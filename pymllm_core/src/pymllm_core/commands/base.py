@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pymllm_core.config import Settings
+    from pymllm_core.engine.status import Progress as Status
+    from pymllm_core.engine.status import ProgressCallback
 
 _META = "pymllm_core.settings_argv"
 
@@ -83,6 +86,24 @@ def console(stream: TextIO | None = None) -> Console:
         markup=False,
         soft_wrap=not terminal,
     )
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
+    """A bar on stderr that goes away at the end; None where nobody looks at it."""
+    if not is_terminal(sys.stderr):
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def show(news: Status) -> None:
+            bar.update(task, description=news.stage, completed=news.done, total=news.total or None)
+
+        yield show
 
 
 def print_json(value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,47 +12,28 @@ import click
 
 from pymllm_core.commands.base import (
     SettingsCommand,
-    console,
     is_terminal,
     json_option,
     print_json,
+    progress_bar,
     settings_of,
 )
 from pymllm_core.errors import EngineError
 
 if TYPE_CHECKING:
     from pymllm_core.config import Settings
-    from pymllm_core.engine.status import Progress as LoadProgress
     from pymllm_core.output import Delta
 
 
 @contextmanager
 def loaded(settings: Settings) -> Iterator[Any]:
     """The model, loaded; while it loads, a person sees how far it is."""
-    with _loading_bar(settings.server.model_path) as progress:
+    with progress_bar(f"starting {settings.server.model_path}") as progress:
         from pymllm_core import LLM  # brings torch along
 
         llm = LLM.from_settings(settings, progress=progress)
     with llm:
         yield llm
-
-
-@contextmanager
-def _loading_bar(model: str) -> Iterator[Callable[[LoadProgress], None] | None]:
-    """A bar on stderr that goes away at the end; None where nobody looks at it."""
-    if not is_terminal(sys.stderr):
-        yield None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
-        task = bar.add_task(f"starting {model}", total=None)
-
-        def show(news: LoadProgress) -> None:
-            bar.update(task, description=news.stage, completed=news.done, total=news.total or None)
-
-        yield show
 
 
 def checked(deltas: Iterator[Delta]) -> Iterator[Delta]:

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class _Stored:
     file: Path
     shape: tuple[int, ...]
+    dtype: str
 
 
 class Checkpoint:
@@ -57,7 +58,8 @@ class Checkpoint:
                     raise CheckpointError(
                         f"tensor {name!r} is stored twice, in {self._stored[name].file.name} and {file.name}"
                     )
-                self._stored[name] = _Stored(file, tuple(handle.get_slice(name).get_shape()))
+                found = handle.get_slice(name)
+                self._stored[name] = _Stored(file, tuple(found.get_shape()), found.get_dtype())
 
     def _files(self) -> list[Path]:
         folder = self.folder
@@ -100,6 +102,11 @@ class Checkpoint:
         """Names and shapes of all tensors."""
         return {name: stored.shape for name, stored in self._stored.items()}
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtypes of all tensors, as the format of safetensors spells them: ``BF16``, ``I32``."""
+        return {name: stored.dtype for name, stored in self._stored.items()}
+
     def check(self, slots: list[WeightSlot], ignored: set[str]) -> None:
         """Compare headers with what the model needs, before any tensor is read.
 
@@ -127,19 +134,35 @@ class Checkpoint:
 
     def read(self, slot: WeightSlot) -> Tensor | None:
         """A tensor as stored, memory-mapped; None for an absent optional one."""
-        stored = self._stored.get(slot.name)
-        if stored is None:
+        if slot.name not in self._stored:
             return None
-        try:
-            tensor = self._handle(stored.file).get_tensor(slot.name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"tensor {slot.name!r} of {stored.file} cannot be read: {error}") from error
-        assert isinstance(tensor, Tensor)
+        tensor = self._tensor(slot.name)
         if tensor.is_floating_point() != slot.dtype.is_floating_point:
             raise CheckpointError(
-                f"tensor {slot.name!r} of {stored.file} is {tensor.dtype}, expected {slot.dtype}; "
+                f"tensor {slot.name!r} of {self._stored[slot.name].file} is {tensor.dtype}, expected {slot.dtype}; "
                 "is it quantised by a method that config.json does not name?"
             )
+        return tensor
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """The tensor `name` as stored, `count` rows (entries of its first dimension) at a time.
+
+        The memory of what was handed out is let go before the next rows; a scalar comes whole.
+        """
+        tensor = self._tensor(name)
+        for part in tensor.split(count) if tensor.ndim else (tensor,):
+            yield part
+            if self._mapped[self._stored[name].file]:
+                _let_go(tensor)
+        self.release()
+
+    def _tensor(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        try:
+            tensor = self._handle(stored.file).get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"tensor {name!r} of {stored.file} cannot be read: {error}") from error
+        assert isinstance(tensor, Tensor)
         if stored.file not in self._mapped:
             self._mapped[stored.file] = _lies_in_file(tensor)
         if self._mapped[stored.file]:
@@ -151,12 +174,8 @@ class Checkpoint:
 
         Mapped pages stay resident otherwise, and loading would look (and on a small device be) twice the model.
         """
-        page = mmap.PAGESIZE
         for tensor in self._read:
-            start = tensor.data_ptr()
-            first, last = -(-start // page) * page, (start + tensor.nbytes) // page * page
-            if last > first:
-                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+            _let_go(tensor)
         self._read.clear()
 
     def close(self) -> None:
@@ -176,6 +195,15 @@ def _lies_in_file(tensor: Tensor) -> bool:
         if int(first, 16) <= address < int(last, 16):
             return inode != "0"
     return False
+
+
+def _let_go(tensor: Tensor) -> None:
+    """Give back the whole pages of a mapped tensor; they are read again when they are looked at."""
+    page = mmap.PAGESIZE
+    start = tensor.data_ptr()
+    first, last = -(-start // page) * page, (start + tensor.nbytes) // page * page
+    if last > first:
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 @functools.cache

@@ -18,14 +18,34 @@ class Detokenizer:
     A token's text can depend on the token before it (spaces, byte-level pieces), so that the last decoded
     run is decoded again together with the new tokens, and the difference is the news. `_window` is that run,
     `_prefix` its tokens from the run before, `_shown` its characters that were given out.
+
+    at_once: nothing is wanted before the end; `flush` then gives the whole text. There must be no stop strings.
     """
 
-    __slots__ = ("_held", "_longest_stop", "_prefix", "_shown", "_skip", "_stops", "_tokenizer", "_window")
+    __slots__ = (
+        "_at_once",
+        "_held",
+        "_longest_stop",
+        "_prefix",
+        "_shown",
+        "_skip",
+        "_stops",
+        "_tokenizer",
+        "_window",
+    )
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, stop: tuple[str, ...], skip_special_tokens: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop: tuple[str, ...],
+        skip_special_tokens: bool,
+        at_once: bool = False,
     ) -> None:
-        self._tokenizer = tokenizer
+        assert not (at_once and stop)
+        # The Rust tokenizer itself where there is one: transformers' checks take three times as long as it.
+        self._tokenizer = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
+        self._at_once = at_once
         self._skip = skip_special_tokens
         self._stops = stop
         self._longest_stop = max(map(len, stop), default=0)
@@ -36,17 +56,26 @@ class Detokenizer:
 
     def add(self, token: int) -> tuple[str, str | None]:
         """Text that is now certain, and the stop string that it ended at (not part of the text)."""
+        if self._at_once:
+            self._window.append(token)
+            return "", None
         return self._until_stop(self._decode(token))
 
     def flush(self) -> str:
         """What was held back, at the end; the rest of an incomplete character is dropped."""
-        rest, self._held = self._held + self._text(self._window)[self._shown :].rstrip("\ufffd"), ""
+        told = ""
+        if self._at_once:
+            text = self._text(self._window)
+            if not text.endswith("\ufffd"):
+                return text
+            # Which of these stand for no UTF-8, and which for the beginning of a character, only each token tells.
+            tokens, self._window = self._window, []
+            told = "".join(self._decode(token) for token in tokens)
+        rest, self._held = told + self._held + self._text(self._window)[self._shown :].rstrip("\ufffd"), ""
         return rest
 
     def _text(self, tokens: list[int]) -> str:
-        text = self._tokenizer.decode(
-            tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False
-        )
+        text = self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
         assert isinstance(text, str)
         return text
 

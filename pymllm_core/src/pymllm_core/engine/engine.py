@@ -67,6 +67,11 @@ class Engine:
         self._seed_counter = 0
 
     @property
+    def runner(self) -> Runner:
+        """What computes batches. A benchmark may give it batches of its own while the engine has no work."""
+        return self._runner
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._in_flight is not None
 
@@ -108,7 +113,7 @@ class Engine:
             request,
             max_tokens=max_tokens,
             seed=self._seed(request),
-            detokenizer=self.processor.detokenizer(request.params),
+            detokenizer=self.processor.detokenizer(request),
         )
         if not self.has_work:
             # An idle engine has not stalled: its next step is due from now on.
@@ -176,6 +181,7 @@ class Engine:
 
     def _commit(self, sampled: list[Sampled]) -> list[Delta]:
         deltas = []
+        interval = self.plan.settings.server.stream_interval
         for sequence, token, logprob in ((s.sequence, s.token, s.logprob) for s in sampled):
             if not self.scheduler.commit(sequence, token):
                 continue
@@ -197,7 +203,7 @@ class Engine:
                 continue
             if reason is not None:
                 deltas.append(self._finish(output, reason, matched))
-            elif len(output.tokens) >= self.plan.settings.server.stream_interval:
+            elif sequence.request.stream and len(output.tokens) >= interval:
                 deltas.append(output.take(None, None, None))
         return deltas
 

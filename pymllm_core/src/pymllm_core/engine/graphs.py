@@ -139,9 +139,9 @@ class DecodeGraphs:
             and len(self._order) == count
             and all(one is other for one, other in zip(self._order, sequences, strict=True))
         )
-        longest = int(positions.max())
-        if news or not steady:
-            width = longest // self._page_size + 1
+        same_pages = steady and not news
+        if not same_pages:
+            width = int(positions.max()) // self._page_size + 1
             host.table[:count, :width].copy_(torch.from_numpy(self._pages.table[rows, :width]))
             host.table[count:size, :width] = self._spare
             self._table[:size, :width].copy_(host.table[:size, :width], non_blocking=True)
@@ -149,7 +149,7 @@ class DecodeGraphs:
             self._order, self._size = list(sequences), size
             self._send_ids(host, chunks, earlier, where)
         ctx = self._contexts[size]
-        ctx.kv_lens_host = numbers[2][:size].tolist()
+        ctx.kv_lens_host, ctx.same_pages = numbers[2][:size].tolist(), same_pages
         self._attention.plan(ctx)
         logits = self._replays[size]()
         return self.ids[:count], logits[:count]
@@ -183,6 +183,7 @@ class DecodeGraphs:
             page_size=self._page_size,
             kv=self._kv,
             attention=self._attention,
+            captured=True,
         )
 
     def _step(self, ctx: ForwardContext, size: int) -> Tensor:

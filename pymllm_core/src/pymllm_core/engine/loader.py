@@ -50,11 +50,17 @@ class DummyReader:
 
     One block of normal numbers is made a tensor and repeated: timings need unlike numbers, not
     independent ones, and an 8B model is filled in a second. Vectors of floats (norms) are ones, those of
-    integers (indices, zero points) zeros; optional tensors are absent.
+    integers (indices, zero points) zeros; optional tensors are absent. Quantisation scales, known by their
+    names' ending, are positive and so small that dequantised weights spread no wider than `STD`: with others
+    the activations of a deep model leave float16's range.
     """
 
     BLOCK = 1 << 22
     STD = 0.02
+    CODE_STD = 256 / 12**0.5
+    """Of uniform 8-bit codes; 4-bit ones spread less, and so do the weights that they stand for."""
+    INPUT_STEP = 0.05
+    """Scale of static int8 activations: normalised inputs lie within 127 times that."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
@@ -63,7 +69,10 @@ class DummyReader:
     def __call__(self, slot: WeightSlot) -> Tensor | None:
         if slot.optional:
             return None
-        if len(slot.shape) == 1:
+        if slot.name.endswith("input_scale"):
+            return torch.full(slot.shape, self.INPUT_STEP, dtype=slot.dtype, device=self._device)
+        scale = slot.name.endswith("scale")
+        if len(slot.shape) == 1 and not scale:
             value = int(slot.dtype.is_floating_point)
             return torch.full(slot.shape, value, dtype=slot.dtype, device=self._device)
         generator = torch.Generator(self._device).manual_seed(self._seed ^ zlib.crc32(slot.name.encode()))
@@ -71,7 +80,12 @@ class DummyReader:
         size = min(count, self.BLOCK)
         if slot.dtype.is_floating_point:
             block = torch.empty(size, dtype=torch.float32, device=self._device)
-            block = block.normal_(0.0, self.STD, generator=generator).to(slot.dtype)
+            if scale:
+                mean = self.STD / self.CODE_STD
+                block.uniform_(0.5 * mean, 1.5 * mean, generator=generator)
+            else:
+                block.normal_(0.0, self.STD, generator=generator)
+            block = block.to(slot.dtype)
         else:
             low, high = torch.iinfo(slot.dtype).min, torch.iinfo(slot.dtype).max
             block = torch.randint(

@@ -129,13 +129,19 @@ class Processor:
         request = self.from_ids(ids, params, request_id=request_id)
         return ChatRequest(request, text[-_TAIL:])
 
-    def detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        """A fresh incremental detokenizer; None without a tokenizer."""
+    def detokenizer(self, request: Request) -> Detokenizer | None:
+        """A fresh detokenizer for the request's answer; None without a tokenizer."""
+        params = request.params
         if self.tokenizer is None:
             if params.stop:
                 raise RequestError("stop strings need a tokenizer, and this model has none", param="stop")
             return None
-        return Detokenizer(self.tokenizer, stop=params.stop, skip_special_tokens=params.skip_special_tokens)
+        return Detokenizer(
+            self.tokenizer,
+            stop=params.stop,
+            skip_special_tokens=params.skip_special_tokens,
+            at_once=not request.stream and not params.stop,
+        )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Token ids to text, all at once."""

@@ -134,6 +134,11 @@ class Runner:
         self._tokens = torch.zeros(0, dtype=torch.int64, device=config.device)
         self._where: dict[int, int] = {}
 
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether decode steps are replayed from graphs."""
+        return self._graphs is not None
+
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None], **options: Any) -> None:
         """Capture decode steps of the configured sizes; options: see `DecodeGraphs`."""

@@ -64,6 +64,7 @@ class Builder:
         self.max_positions = max_positions
         self.nodes: list[Node] = []
         self.ignored: set[str] = set()
+        self.head: Linear | None = None
         self._kernel = kernel
         self._quant = quant
         self._stored = stored
@@ -110,14 +111,16 @@ class Builder:
             name, module = embedding.name, "Embedding"
         part = LinearPart(name, embedding.vocab_size)
         layer = LinearLayer((part,), embedding.hidden_size, module=module)
-        if not self._int8_head:
-            return self._add(self._make(layer))
-        if self._scheme(layer) is not None:
-            raise ConfigError(
-                f"--quantization.lm_head int8 was asked for, but the checkpoint's {name} is quantised already; "
-                "leave the flag out"
-            )
-        return self._add(self._make(layer, Int8HeadScheme(layer, self.dtype)))
+        scheme = None
+        if self._int8_head:
+            if self._scheme(layer) is not None:
+                raise ConfigError(
+                    f"--quantization.lm_head int8 was asked for, but the checkpoint's {name} is quantised already; "
+                    "leave the flag out"
+                )
+            scheme = Int8HeadScheme(layer, self.dtype)
+        self.head = self._add(self._make(layer, scheme))
+        return self.head
 
     def _make(self, layer: LinearLayer, scheme: LinearScheme | None = None) -> Linear:
         scheme = scheme or self._scheme(layer) or DenseScheme(layer, self.dtype)

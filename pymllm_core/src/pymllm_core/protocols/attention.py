@@ -42,7 +42,9 @@ class ForwardContext:
     of a sequence. kv_lens: [S] int32, length of each sequence after this pass. page_table: [S, P] int32.
     kv: one `LayerKV` a layer. query_lens and kv_lens_host are the same numbers as lists, so that no
     backend has to read the device. page_size in tokens. output_rows: [R] int64, the rows whose hidden states
-    are wanted after the last layer; None for all.
+    are wanted after the last layer; None for all. captured: the pass is captured in a graph or replayed from
+    one, each time with this very context. same_pages: the page table is what it was when a pass was last planned
+    with this context.
     """
 
     positions: Tensor
@@ -57,6 +59,8 @@ class ForwardContext:
     kv: list[LayerKV]
     attention: AttentionBackend
     output_rows: Tensor | None = None
+    captured: bool = False
+    same_pages: bool = False
 
 
 class AttentionBackend(Protocol):

@@ -1,4 +1,6 @@
-// Packing a row-major bf16 weight into tiles (see linear.h). Runs once per layer, in parallel.
+// Packing a row-major weight into tiles (see linear.h). Runs once per layer, in parallel.
+#include "linear_pack.h"
+
 #include "linear.h"
 #include "team.h"
 #include "transpose.h"
@@ -6,19 +8,29 @@
 namespace pymllm {
 namespace {
 
-void pack_tile(const bf16* src, int64_t ld, int64_t n_out, int64_t k, int64_t act, int64_t t,
+// A vector of 16 columns of 4 bytes along k, as it is stored.
+template <int64_t FORMAT>
+__m512i store_form(__m512i v) {
+    if constexpr (FORMAT == kPackInt8) {
+        return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(0x80)));
+    }
+    return v;
+}
+
+template <int64_t FORMAT>
+void pack_tile(const char* src, int64_t ld, int64_t bytes, const PackedLinear& to, int64_t t,
                uint32_t* dst) {
-    const int64_t pairs = (k + 1) / 2;
     for (int half = 0; half < kTileVecs; ++half) {
-        for (int64_t p0 = 0; p0 < pairs; p0 += kLanes) {
+        for (int64_t d0 = 0; d0 < to.dwords; d0 += kLanes) {
             __m512i block[16];
             for (int i = 0; i < kLanes; ++i) {
-                const int64_t row = source_row(act, n_out, t, half * kLanes + i);
-                block[i] = row < 0 ? _mm512_setzero_si512() : load_pairs(src + row * ld, p0, k);
+                const int64_t row = source_row(to.act, to.n_out, t, half * kLanes + i);
+                block[i] = row < 0 ? _mm512_setzero_si512() : load_dwords(src + row * ld, d0, bytes);
             }
             transpose16(block);
-            for (int i = 0; i < kLanes && p0 + i < pairs; ++i) {
-                _mm512_storeu_si512(dst + (p0 + i) * kTileCols + half * kLanes, block[i]);
+            for (int i = 0; i < kLanes && d0 + i < to.dwords; ++i) {
+                _mm512_storeu_si512(dst + (d0 + i) * kTileCols + half * kLanes,
+                                    store_form<FORMAT>(block[i]));
             }
         }
     }
@@ -27,15 +39,16 @@ void pack_tile(const bf16* src, int64_t ld, int64_t n_out, int64_t k, int64_t ac
 }  // namespace
 }  // namespace pymllm
 
-// src: [n_out or 2 * n_out][k] bf16, rows `ld` elements apart. dst: [tiles][pairs][32] dwords.
-extern "C" void pymllm_linear_pack(const pymllm::bf16* src, int64_t ld, int64_t n_out, int64_t k,
-                                   int64_t act, int64_t tiles, uint32_t* dst, int threads) {
+// src: [n_out or 2 * n_out] rows of `bytes` bytes, `ld` bytes apart. to: all fields but bias; its
+// weight is written.
+extern "C" void pymllm_linear_pack(const char* src, int64_t ld, int64_t bytes,
+                                   const pymllm::PackedLinear* to, int64_t format, int threads) {
     using namespace pymllm;
-    const int64_t tile_size = (k + 1) / 2 * kTileCols;
+    auto* pack = format == kPackInt8 ? pack_tile<kPackInt8> : pack_tile<kPackBf16>;
     auto body = [&](int rank, int size) {
-        const Range mine = share(tiles, rank, size);
+        const Range mine = share(to->tiles, rank, size);
         for (int64_t t = mine.begin; t < mine.end; ++t) {
-            pack_tile(src, ld, n_out, k, act, t, dst + t * tile_size);
+            pack(src, ld, bytes, *to, t, const_cast<uint32_t*>(to->at(t, 0)));
         }
     };
     parallel(threads, body);

@@ -34,12 +34,18 @@ inline void transpose16(__m512i (&r)[16]) {
     }
 }
 
+// Dwords d0 .. d0+15 of one row of `bytes` bytes, zeros past its end.
+inline __m512i load_dwords(const void* row, int64_t d0, int64_t bytes) {
+    const int64_t left = bytes - 4 * d0;
+    const char* at = static_cast<const char*>(row) + 4 * d0;
+    if (left >= 64) return _mm512_loadu_si512(at);
+    if (left <= 0) return _mm512_setzero_si512();
+    return _mm512_maskz_loadu_epi8((__mmask64{1} << left) - 1, at);
+}
+
 // Pairs p0 .. p0+15 of one row of `k` bf16 values, zeros past its end.
 inline __m512i load_pairs(const bf16* row, int64_t p0, int64_t k) {
-    const int64_t left = k - 2 * p0;
-    if (left >= 32) return _mm512_loadu_si512(row + 2 * p0);
-    if (left <= 0) return _mm512_setzero_si512();
-    return _mm512_maskz_loadu_epi16((__mmask32{1} << left) - 1, row + 2 * p0);
+    return load_dwords(row, p0, 2 * k);
 }
 
 }  // namespace pymllm

@@ -15,6 +15,10 @@ namespace pymllm {
 using bf16 = uint16_t;
 constexpr int kLanes = 16;  // fp32 values in one zmm register
 
+// A vector of int32. Arrays of __m512i, a vector of int64, are not kept in registers by GCC 12
+// where instructions on int32 use them.
+using i32x16 = int32_t __attribute__((vector_size(64)));
+
 // A mask of the first `count` lanes (count may exceed 16 or be negative).
 inline __mmask16 first_lanes(int64_t count) {
     if (count >= kLanes) return 0xFFFF;
@@ -43,11 +47,16 @@ inline void store_bf16(bf16* p, __m512 v, __mmask16 mask) {
 }
 
 // acc + a0*b0 + a1*b1 for 16 pairs of bf16 (vdpbf16ps).
-inline __m512 dot_pairs(__m512 acc, __m512i a, __m512i b) {
+inline __m512 dot(__m512 acc, __m512i a, __m512i b) {
     __m512bh x, y;
     std::memcpy(&x, &a, sizeof(x));
     std::memcpy(&y, &b, sizeof(y));
     return _mm512_dpbf16_ps(acc, x, y);
+}
+
+// acc + a0*b0 + ... + a3*b3 for 16 quadruples of int8 `a` and uint8 `b` (vpdpbusd), modulo 2^32.
+inline i32x16 dot(i32x16 acc, __m512i a, __m512i b) {
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, b, a);
 }
 
 // e^x, relative error < 2e-7 for x in [-87, 88]; 0 below -87.3 (-inf included), inf above

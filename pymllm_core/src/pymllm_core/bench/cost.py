@@ -1,0 +1,85 @@
+"""What a step must move and compute, counted from the graph: the floor that a device's limits set.
+
+Counted are weights in the checkpoint's format, one row of the embedding a token, and keys and values. Not
+counted are activations, which stay in caches, and what a kernel reads beside the format (repacked copies).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pymllm_core.engine.build import Assembly
+from pymllm_core.nn import ops
+from pymllm_core.nn.embedding import Embedding, QuantisedEmbedding
+from pymllm_core.nn.linear import Linear
+from pymllm_core.nn.split_linear import SplitLinear
+
+INT8 = "int8"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """bytes: read or written once at least. flops: by kind of arithmetic, a dtype's name or ``int8``.
+
+    A multiplication and an addition are two operations.
+    """
+
+    bytes: float
+    flops: Mapping[str, float]
+
+    @property
+    def total_flops(self) -> float:
+        return sum(self.flops.values())
+
+
+class ModelCost:
+    """The counts of one model, as assembled; its weights need not be loaded."""
+
+    def __init__(self, assembly: Assembly) -> None:
+        plan, self._shape = assembly.plan, assembly.shape
+        self._dtype = plan.dtype
+        self._kv_bytes = plan.memory.kv_bytes_per_token
+        self.weight_bytes = 0
+        """Of all weights that every step reads once: everything but the embedding's rows."""
+        self._embedding_row = 0.0
+        self._products: Counter[str] = Counter()
+        self._head: Counter[str] = Counter()
+        for node in assembly.builder.nodes:
+            size = sum(slot.num_bytes for slot in node.slots() if not slot.optional)
+            if isinstance(node, Embedding | QuantisedEmbedding):
+                self._embedding_row += size / node.vocab_size
+                continue
+            self.weight_bytes += size
+            linears = node.parts if isinstance(node, SplitLinear) else [node]
+            for linear in linears:
+                if isinstance(linear, Linear):
+                    kind = INT8 if linear.scheme.operation == ops.W8A8_LINEAR else self._dtype
+                    into = self._head if node is assembly.builder.head else self._products
+                    into[kind] += 2 * linear.layer.in_features * linear.layer.out_features
+
+    def prefill(self, batch: int, length: int) -> Work:
+        """`batch` prompts of `length` tokens in one step; the head computes the last row of each."""
+        pairs = length * (length + 1) / 2  # causal
+        return self._work(batch * length, batch, batch * pairs, batch * length)
+
+    def decode(self, batch: int, context: float) -> Work:
+        """One token of `batch` sequences of `context` tokens, this one included (a mean is good)."""
+        return self._work(batch, batch, batch * context, batch * context)
+
+    def _work(self, tokens: float, heads: float, pairs: float, cached: float) -> Work:
+        """pairs: of query and key. cached: tokens whose keys and values are read or written."""
+        shape = self._shape
+        flops = {kind: count * tokens for kind, count in self._products.items()}
+        for kind, count in self._head.items():
+            flops[kind] = flops.get(kind, 0) + count * heads
+        # Scores, and the weighted sum of values: 2 · head_dim operations a pair each.
+        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs
+        flops[self._dtype] = flops.get(self._dtype, 0) + attention
+        return Work(self.weight_bytes + tokens * self._embedding_row + cached * self._kv_bytes, flops)
+
+
+def mean_context(input_len: int, output_len: int) -> float:
+    """The mean length of a sequence over its ``output_len - 1`` decode steps, the new token included."""
+    return input_len + output_len / 2

@@ -1,0 +1,1 @@
+"""``pymllm quantize``: weights rounded to nearest, written as a compressed-tensors checkpoint."""

@@ -1,0 +1,244 @@
+"""Triton's attention preparation and paged attention against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from triton_support import DEVICE, TINY, randn, rel_error
+
+from pymllm_core.nn import ops
+from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
+from pymllm_kernels.triton.attention import MAX_SPLITS, TritonAttention
+from pymllm_kernels.triton.attention_prep import TritonAttentionPrep
+
+BF16, F16 = torch.bfloat16, torch.float16
+NAN = float("nan")
+
+
+def prepare(
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    *,
+    norm: bool,
+    dtype: torch.dtype,
+    cache: torch.dtype,
+    seed: int,
+) -> None:
+    qkv = randn(seed, tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    table = randn(seed + 1, 50, dim, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.randint(0, 50, (tokens,), generator=generator).to(DEVICE)
+    slots = torch.randperm(tokens + 9, generator=generator)[:tokens].to(DEVICE)
+    if tokens > 2:
+        slots[1] = -1
+    q_weight = randn(seed + 2, dim, dtype=dtype) if norm else None
+    k_weight = randn(seed + 3, dim, dtype=dtype) if norm else None
+    size = (tokens + 10, kv_heads, dim)
+    k_cache = torch.full(size, NAN, dtype=cache, device=DEVICE)
+    v_cache = torch.full(size, NAN, dtype=cache, device=DEVICE)
+    q = TritonAttentionPrep()(qkv, positions, table, q_weight, k_weight, 1e-6, slots, k_cache, v_cache)
+    # The definition on float64 copies; cos and sin are rounded to the computation's dtype in both.
+    wide = [torch.zeros(size, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    weights = [None if w is None else w.double() for w in (q_weight, k_weight)]
+    expected = ops.attention_prep(
+        qkv.double(), positions, table.to(dtype).double(), *weights, 1e-6, slots, *wide
+    )
+    written = slots[slots >= 0]
+    # Three roundings with a norm, one without; one more into the cache.
+    assert rel_error(q, expected) < 3 * TINY[dtype]
+    assert rel_error(k_cache[written], wide[0][written]) < 4 * TINY[BF16 if cache == BF16 else dtype]
+    assert torch.equal(v_cache[written], qkv.view(tokens, -1, dim)[slots >= 0, -kv_heads:].to(cache))
+    untouched = torch.ones(size[0], dtype=torch.bool, device=DEVICE)
+    untouched[written] = False
+    assert k_cache[untouched].isnan().all()
+    assert v_cache[untouched].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 2, 32), (3, 3, 16), (8, 1, 64), (5, 1, 20), (2, 2, 128)]
+)
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("norm", [True, False])
+def test_preparation(heads: int, kv_heads: int, dim: int, tokens: int, norm: bool) -> None:
+    prepare(tokens, heads, kv_heads, dim, norm=norm, dtype=BF16, cache=BF16, seed=dim)
+    prepare(tokens, heads, kv_heads, dim, norm=norm, dtype=F16, cache=BF16, seed=dim)
+
+
+def test_preparation_of_many_tokens() -> None:
+    prepare(66, 3, 2, 16, norm=True, dtype=BF16, cache=BF16, seed=0)
+
+
+def context(
+    queries: list[int], kv: list[int], decodes: int, page: int, backend: TritonAttention, seed: int
+) -> tuple[ForwardContext, int]:
+    """A pass over scattered pages; the rest of the table names no page. Also the cache's number of slots."""
+    pages = [-(-length // page) for length in kv]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(sum(pages) + 3, generator=generator).int()
+    table = torch.full((len(kv), max(pages) + 2), 1 << 30, dtype=torch.int32)
+    first = 0
+    for row, count in enumerate(pages):
+        table[row, :count] = order[first : first + count]
+        first += count
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    nothing = torch.empty(0, dtype=torch.int64)
+    lengths = torch.tensor(kv, dtype=torch.int32)
+    ctx = ForwardContext(
+        positions=nothing,
+        slots=nothing,
+        query_start=starts.to(DEVICE),
+        kv_lens=lengths.to(DEVICE),
+        page_table=table.to(DEVICE),
+        num_decodes=decodes,
+        query_lens=queries,
+        kv_lens_host=kv,
+        page_size=page,
+        kv=[],
+        attention=backend,
+    )
+    return ctx, len(order) * page
+
+
+def expected(q: Tensor, kv: LayerKV, ctx: ForwardContext, scale: float) -> Tensor:
+    out = torch.empty(q.shape, dtype=torch.float64, device=DEVICE)
+    row = 0
+    for sequence, (count, length) in enumerate(zip(ctx.query_lens, ctx.kv_lens_host, strict=True)):
+        position = torch.arange(length, device=DEVICE)
+        pages = ctx.page_table[sequence, position // ctx.page_size].long()
+        slots = pages * ctx.page_size + position % ctx.page_size
+        group = q.shape[1] // kv.k.shape[1]
+        k, v = (cache[slots].double().repeat_interleave(group, 1) for cache in (kv.k, kv.v))
+        scores = torch.einsum("qhd,khd->hqk", q[row : row + count].double(), k) * scale
+        seen = position[None] <= torch.arange(length - count, length, device=DEVICE)[:, None]
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out[row : row + count] = torch.einsum("hqk,khd->qhd", weights, v)
+        row += count
+    return out
+
+
+def attend(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    page: int,
+    queries: list[int],
+    kv_lens: list[int],
+    *,
+    dtype: torch.dtype = BF16,
+    cache: torch.dtype | None = None,
+    seed: int = 0,
+) -> int:
+    """Compare one pass, made twice; the number of splits that its decodes took."""
+    decodes = sum(count == 1 for count in queries)
+    scale = dim**-0.5
+    backend = TritonAttention(AttentionConfig(heads, kv_heads, dim, page, scale, dtype, DEVICE))
+    ctx, slots = context(queries, kv_lens, decodes, page, backend, seed)
+    kv = LayerKV(*(randn(seed + i, slots, kv_heads, dim, dtype=cache or dtype) for i in (1, 2)))
+    q = randn(seed + 3, sum(queries), heads, dim, dtype=dtype, scale=2.0)
+    if cache is None:
+        # What belongs to no token must not matter.
+        used = [
+            int(ctx.page_table[s, p // page]) * page + p % page
+            for s, n in enumerate(kv_lens)
+            for p in range(n)
+        ]
+        free = torch.ones(slots, dtype=torch.bool)
+        free[used] = False
+        kv.k[free.to(DEVICE)] = NAN
+        kv.v[free.to(DEVICE)] = NAN
+    backend.plan(ctx)
+    out = backend.attend(q, kv, ctx)
+    # Softmax weights and the result are rounded once each.
+    assert rel_error(out, expected(q, kv, ctx, scale)) < 2 * TINY[dtype]
+    assert torch.equal(out, backend.attend(q, kv, ctx)), "counters or partial results were left behind"
+    return backend.splits(decodes, ctx.page_table.shape[1] * page)
+
+
+@pytest.mark.parametrize("page", [1, 7, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (3, 1, 16), (2, 2, 64)])
+def test_decodes(page: int, heads: int, kv_heads: int, dim: int) -> None:
+    assert attend(heads, kv_heads, dim, page, [1], [300]) > 1
+    attend(heads, kv_heads, dim, page, [1], [1], seed=1)
+    attend(heads, kv_heads, dim, page, [1, 1, 1], [64, 65, 190], seed=2)
+
+
+def test_decodes_of_a_large_batch_are_not_split() -> None:
+    assert attend(2, 2, 16, 16, [1] * 9, [5, 200, 64, 1, 63, 17, 130, 128, 129], dtype=F16) == 1
+
+
+def test_more_splits_than_blocks_leave_programs_without_work() -> None:
+    assert attend(1, 1, 16, 64, [1, 1], [700, 40]) >= 8
+
+
+@pytest.mark.parametrize(("page", "heads", "kv_heads", "dim"), [(1, 2, 1, 32), (16, 3, 1, 16)])
+@pytest.mark.parametrize(
+    ("queries", "kv_lens"),
+    [([2], [2]), ([70], [70]), ([65, 3], [65, 150]), ([64], [200]), ([1, 1, 5, 130], [150, 2, 5, 200])],
+)
+def test_prompts_chunks_and_mixed_batches(
+    page: int, heads: int, kv_heads: int, dim: int, queries: list[int], kv_lens: list[int]
+) -> None:
+    attend(heads, kv_heads, dim, page, queries, kv_lens, seed=len(queries))
+
+
+def test_long_prompts_take_larger_blocks() -> None:
+    attend(1, 1, 16, 16, [520], [600])
+
+
+@pytest.mark.parametrize(("queries", "kv_lens"), [([1], [70]), ([20], [70])])
+def test_other_dtypes_of_the_cache(queries: list[int], kv_lens: list[int]) -> None:
+    attend(4, 2, 32, 16, queries, kv_lens, dtype=BF16, cache=F16)
+    attend(4, 2, 32, 16, queries, kv_lens, dtype=F16)
+
+
+def test_padding_without_tokens_is_zero() -> None:
+    backend = TritonAttention(AttentionConfig(2, 1, 16, 16, 0.25, BF16, DEVICE))
+    ctx, slots = context([1, 1], [40, 1], 2, 16, backend, 0)
+    ctx.kv_lens[1] = 0
+    kv = LayerKV(*(randn(i, slots, 1, 16) for i in (1, 2)))
+    q = randn(3, 2, 2, 16)
+    backend.plan(ctx)
+    assert not backend.attend(q, kv, ctx)[1].any()
+
+
+def test_splits_depend_on_batch_and_table_alone() -> None:
+    backend = TritonAttention(AttentionConfig(2, 1, 16, 16, 0.25, BF16, DEVICE))
+    programs = backend._programs
+    for batch in (1, 2, 3, 8, 100, 1000):
+        splits = backend.splits(batch, 40960)
+        assert splits & (splits - 1) == 0
+        assert splits <= MAX_SPLITS
+        assert splits == 1 or batch * splits <= programs, "partial results would not fit"
+    assert backend.splits(1, 64) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (32, 8, 128), (8, 4, 256), (14, 2, 64)])
+def test_shapes_of_models(heads: int, kv_heads: int, dim: int) -> None:
+    for seed in range(3):
+        attend(heads, kv_heads, dim, 16, [1], [4000], seed=seed)
+        attend(heads, kv_heads, dim, 16, [1] * 40, [1 + 37 * i for i in range(40)], seed=seed)
+        attend(heads, kv_heads, dim, 16, [1, 1, 700, 5, 130], [900, 3, 2000, 5, 130], seed=seed)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_serves_other_lengths() -> None:
+    heads, kv_heads, dim, page = 16, 8, 128, 16
+    backend = TritonAttention(AttentionConfig(heads, kv_heads, dim, page, dim**-0.5, BF16, DEVICE))
+    ctx, slots = context([1, 1], [2000, 2000], 2, page, backend, 0)
+    kv = LayerKV(*(randn(i, slots, kv_heads, dim) for i in (1, 2)))
+    q = randn(3, 2, heads, dim)
+    backend.plan(ctx)
+    backend.attend(q, kv, ctx)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = backend.attend(q, kv, ctx)
+    for lengths in ([1, 2000], [64, 65], [1999, 130]):
+        ctx.kv_lens.copy_(torch.tensor(lengths))
+        ctx.kv_lens_host = lengths
+        q.copy_(randn(lengths[0], 2, heads, dim))
+        graph.replay()
+        assert rel_error(out, expected(q, kv, ctx, dim**-0.5)) < 2 * TINY[BF16]
