@@ -17,6 +17,9 @@
 #include "cutlass/cutlass.h"
 #include "cutlass/numeric_types.h"
 
+// All else is hidden: the libraries of several tiles are loaded side by side.
+#define PYMLLM_EXPORT extern "C" __attribute__((visibility("default")))
+
 // Mirrored by `_Arguments` in int8_gemm.py.
 struct Int8GemmArguments {
   std::int64_t m, n, k;

@@ -148,12 +148,12 @@ typename Gemm::Arguments translate(Int8GemmArguments const& in) {
 }  // namespace
 
 // Bytes of device memory that one call needs.
-extern "C" std::size_t pymllm_int8_gemm_workspace_size(Int8GemmArguments const* in) {
+PYMLLM_EXPORT std::size_t pymllm_int8_gemm_workspace_size(Int8GemmArguments const* in) {
   return Gemm::get_workspace_size(translate(*in));
 }
 
 // Launch one product on `stream`. Returns an Int8GemmError.
-extern "C" int pymllm_int8_gemm(
+PYMLLM_EXPORT int pymllm_int8_gemm(
     Int8GemmArguments const* in, void* workspace, std::size_t workspace_size, cudaStream_t stream) {
   typename Gemm::Arguments const args = translate(*in);
   if (Gemm::can_implement(args) != cutlass::Status::kSuccess) return kShape;
