@@ -35,7 +35,7 @@ def find_library(recipe: Recipe) -> Path | None:
     if library is not None:
         return library
     try:
-        library = _entry(recipe) / f"lib{recipe.name}.so"
+        library = cache_entry(recipe) / f"lib{recipe.name}.so"
     except KernelBuildError:  # no compiler, so nothing that it can have made
         return None
     return library if is_intact(library) else None
@@ -53,7 +53,7 @@ def build_library(recipe: Recipe, *, anew: bool = False) -> Path:
     found = None if anew else find_library(recipe)
     if found is not None:
         return found
-    entry = _entry(recipe)
+    entry = cache_entry(recipe)
     library = entry / f"lib{recipe.name}.so"
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def load_library(recipe: Recipe) -> ctypes.CDLL:
         raise KernelBuildError(f"the compiled {recipe.name} kernels do not load: {error}") from error
 
 
-def _entry(recipe: Recipe) -> Path:
+def cache_entry(recipe: Recipe) -> Path:
     """The recipe's folder in the cache. Raises KernelBuildError where its toolchain is not there."""
     tools = recipe.toolchain()
     compiler = compiler_path(tools.compiler, recipe.name)

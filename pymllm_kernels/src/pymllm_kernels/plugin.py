@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pymllm_core.hookspecs import hookimpl
-from pymllm_core.specs import AttentionBackendSpec, KernelSpec, Needs, ShapeRule
+from pymllm_core.specs import AttentionBackendSpec, CommandSpec, KernelSpec, Needs, ShapeRule
 
 CONTRACT = "1.0"
 
@@ -116,4 +116,15 @@ def pymllm_attention_backends() -> list[AttentionBackendSpec]:
             needs=_triton(head_dim=ShapeRule(one_of=(16, 32, 64, 128, 256))),
             priority=100,
         ),
+    ]
+
+
+@hookimpl
+def pymllm_commands() -> list[CommandSpec]:
+    return [
+        CommandSpec(
+            name="kernels",
+            implementation="pymllm_kernels.commands:command",
+            help="list or compile the kernels",
+        )
     ]
