@@ -75,6 +75,16 @@ def _triton_kernels() -> list[KernelSpec]:
         )
         for operation, implementation, needs in (
             ("linear", "linear:TritonLinear", _triton()),
+            ("w8a8_linear", "w8a8:TritonW8A8", _triton()),
+            (
+                "w4a16_linear",
+                "w4a16:TritonW4A16",
+                _triton(
+                    K=ShapeRule(multiple_of=32),
+                    group_size=ShapeRule(multiple_of=32),
+                    g_idx=ShapeRule(one_of=(0,)),
+                ),
+            ),
             (
                 "attention_prep",
                 "attention_prep:TritonAttentionPrep",

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from pymllm_kernels.triton import launch
+from pymllm_kernels.triton.launch import Gpu, pretend
 
 SHARED_LIMIT = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 """Bytes of shared memory a block may have (CUDA C++ programming guide, table of compute capabilities)."""
@@ -65,24 +65,13 @@ def recorded(*, capability: tuple[int, int], sms: int) -> Iterator[list[Compiled
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         launches.append(_compile(kernel, args, kwargs, grid, capability))
 
-    before, before_gpu = JITFunction.run, launch.gpu
-    described = launch.Gpu(sms, capability[0])
-    users = [module for module in _modules() if getattr(module, "gpu", None) is before_gpu]
+    before = JITFunction.run
     JITFunction.run = run
-    for module in users:
-        module.gpu = lambda device: described
     try:
-        yield launches
+        with pretend(Gpu(sms, capability[0], pdl=capability >= (9, 0))):
+            yield launches
     finally:
         JITFunction.run = before
-        for module in users:
-            module.gpu = before_gpu
-
-
-def _modules() -> list[Any]:
-    import sys
-
-    return [module for name, module in sys.modules.items() if name.startswith("pymllm_kernels.triton.")]
 
 
 def _compile(kernel: Any, args: Any, kwargs: Any, grid: Any, capability: tuple[int, int]) -> Compiled:

@@ -68,11 +68,12 @@ class TritonAttention:
         return out
 
     def decode(
-        self, q: Tensor, kv: LayerKV, ctx: ForwardContext, out: Tensor, *, warps: int = 4, stages: int = 2
+        self, q: Tensor, kv: LayerKV, ctx: ForwardContext, out: Tensor, *, blocks: tuple[int, ...] = ()
     ) -> None:
-        """Fill the rows of the decodes."""
+        """Fill the rows of the decodes. blocks: splits, BLOCK, warps and stages, where not the usual."""
         config = self._config
-        decode_kernel[(self._splits, config.num_kv_heads, ctx.num_decodes)](
+        splits, block, warps, stages = blocks or (self._splits, self.block, 4, 2)
+        decode_kernel[(splits, config.num_kv_heads, ctx.num_decodes)](
             q,
             kv.k,
             kv.v,
@@ -90,8 +91,8 @@ class TritonAttention:
             GROUP=self._group,
             BLOCK_G=max(power_of_2(self._group), 16),
             PAGE=ctx.page_size,
-            BLOCK=self.block,
-            SPLITS=self._splits,
+            BLOCK=block,
+            SPLITS=splits,
             STAGES=stages,
             PDL=self._gpu.pdl,
             num_warps=warps,

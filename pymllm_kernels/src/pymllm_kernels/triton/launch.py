@@ -9,6 +9,8 @@ library in the chain is ordered as ever, because it lacks the launch attribute.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,24 +21,37 @@ _CPU_INTERPRETER_SMS = 4
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """sms: streaming multiprocessors. major: of the compute capability."""
+    """sms: streaming multiprocessors. major: of the compute capability. pdl: whether PDL is used."""
 
     sms: int
     major: int
+    pdl: bool
 
-    @property
-    def pdl(self) -> bool:
-        """Whether programmatic dependent launch works."""
-        return self.major >= 9
+
+_pretended: list[Gpu] = []
+
+
+def gpu(device: torch.device) -> Gpu:
+    """The device's properties."""
+    return _pretended[-1] if _pretended else _ask(device)
 
 
 @functools.cache
-def gpu(device: torch.device) -> Gpu:
-    """The device's properties, asked for once."""
+def _ask(device: torch.device) -> Gpu:
     if device.type != "cuda":
-        return Gpu(_CPU_INTERPRETER_SMS, major=8)
+        return Gpu(_CPU_INTERPRETER_SMS, major=8, pdl=False)
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.major)
+    return Gpu(properties.multi_processor_count, properties.major, pdl=properties.major >= 9)
+
+
+@contextmanager
+def pretend(properties: Gpu) -> Iterator[None]:
+    """Let launches be made for these properties, whatever the device: for measurements and `aot`."""
+    _pretended.append(properties)
+    try:
+        yield
+    finally:
+        _pretended.pop()
 
 
 def power_of_2(value: int) -> int:

@@ -22,7 +22,7 @@ def load_rows(weight, rows, cols, K: tl.constexpr, BLOCK_K: tl.constexpr):
     if K % BLOCK_K == 0:
         return tl.load(at, eviction_policy="evict_first")
     else:
-        return tl.load(at, mask=(cols < K)[None, :], other=0.0, eviction_policy="evict_first")
+        return tl.load(at, mask=(cols < K)[None, :], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
