@@ -274,6 +274,7 @@ def test_the_model_may_be_an_argument_and_values_end_where_it_begins(
         (["--batch-size", "0"], "0 is not in the range x>=1"),
         (["--profile-activities", "TPU"], "'TPU' is not one of 'CPU', 'GPU'"),
         (["--profile", "--profile-start-step", "127"], "the longest answer has 127 decode steps"),
+        (["--profile", "--profile-activities", "GPU"], "GPU records nothing here"),
         (["--inputlen", "8"], "there is no option --inputlen; did you mean --input-len?"),
         (["--server.prot", "8"], "there is no flag --server.prot; did you mean --server.port"),
     ],

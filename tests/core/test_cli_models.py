@@ -264,7 +264,7 @@ def a_plan() -> Plan:
         "cache": choice(CachePolicySpec(name="radix", implementation="a:b"), unasked),
         "kernels": kernels,
         "parsers": {"reasoning": None, "tool_calls": None},
-        "memory": MemoryPlan(7 << 30, 6 << 30, 1 << 30, 1 << 20, 2048, 16, 100),
+        "memory": MemoryPlan(7 << 30, 6 << 30, 1 << 30, 1 << 20, 3 << 20, 2048, 16, 100),
         "limits": Limits(4096, 4, None, 2048, 1024, 1600),
         "notes": ("--server.gdn_decode_backend is unused",),
     }
@@ -281,6 +281,7 @@ def test_the_plan_is_rendered_for_a_person() -> None:
     assert "kernel linear K=128 N=64 fast (dist) highest priority (5) of 1 that fit" in lines
     assert "kernel linear (2 shapes) slow (other) lower priority (0 < 5)" in lines
     assert "KV cache 3.1 MiB: 1600 tokens in 100 pages of 16, 2.0 KiB a token" in lines
+    assert "CUDA graphs 3.0 MiB" in lines
     assert "queued requests unlimited" in lines
     assert "note: --server.gdn_decode_backend is unused" in lines
     assert "chunk" not in shown.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter as Counted
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,16 @@ class Counter:
     """Captures by computing again; counts the replays."""
 
     def __init__(self) -> None:
-        self.replays = 0
+        self.replays: Counted[str] = Counted()
 
     def __call__(self, step: Any) -> Any:
-        def replay() -> torch.Tensor:
-            self.replays += 1
-            logits: torch.Tensor = step()
-            return logits
+        result: torch.Tensor = step().clone()
 
-        return replay
+        def replay() -> None:
+            self.replays[step.func.__name__] += 1
+            result.copy_(step())
+
+        return replay, result
 
 
 def with_graphs(folder: Path, sizes: tuple[int, ...], **settings: Any) -> tuple[Engine, Counter]:
@@ -89,7 +91,7 @@ def test_answers_do_not_depend_on_graphs(toy: Path, overlap: bool, radix: bool, 
         assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
         for answer, other in zip(got, expected, strict=True):
             assert (answer.logprobs is None) == (other.logprobs is None)
-    assert counter.replays > 20
+    assert counter.replays["_step"] > 20
     check_idle(engine)
 
 
@@ -99,14 +101,32 @@ def test_steady_steps_send_neither_ids_nor_tables(toy: Path, monkeypatch: pytest
     original = DecodeGraphs._send_ids
 
     def count(self: DecodeGraphs, *args: Any) -> None:
-        sent.append(counter.replays)
+        sent.append(counter.replays["_step"])
         original(self, *args)
 
     monkeypatch.setattr(DecodeGraphs, "_send_ids", count)
     complete(engine, prompts_of([3, 5, 7]), greedy(30))
-    assert counter.replays > 25
+    assert counter.replays["_step"] > 25
     # When the prompts are read, and when the number of sequences changes.
     assert len(sent) <= 3
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.9}, {"top_k": 5, "min_p": 0.1}]
+)
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
+def test_usual_sampling_is_captured(toy: Path, overlap: bool, filters: dict[str, Any]) -> None:
+    """The same tokens as without graphs, for unlike parameters in one batch, whose composition changes."""
+    prompts = prompts_of([3, 5, 7, 4])
+    params = [
+        SamplingParams(max_tokens=9 + 4 * i, temperature=0.6 + 0.3 * i, seed=i, ignore_eos=True, **filters)
+        for i in range(4)
+    ]
+    expected = complete(make_engine(toy), prompts, params)
+    engine, counter = with_graphs(toy, (1, 2, 4), overlap=overlap)
+    got = complete(engine, prompts, params)
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+    assert counter.replays["_draw_step"] == counter.replays["_step"] > 15
 
 
 def test_an_abort_in_the_middle_leaves_the_others_alone(toy: Path) -> None:

@@ -54,3 +54,12 @@ def test_logits_are_those_of_the_rounded_head(tmp_path: Path, tied: bool) -> Non
         plain = hidden @ head.t()
     assert recorder.compare("0", expected) < 1e-4
     assert float((expected - plain).abs().max()) > 1e-3  # the rounding is seen, so the test can fail
+
+
+def test_the_plan_counts_what_is_kept(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    plain, rounded = make_engine(tmp_path), make_engine(tmp_path, lm_head="int8")
+    columns = 32
+    rows = plain.plan.vocab_size
+    saved = rows * columns * 4 - rows * (columns + 4)
+    assert plain.plan.memory.weights - rounded.plan.memory.weights == saved

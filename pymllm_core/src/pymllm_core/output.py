@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -57,6 +57,22 @@ class Delta:
     error: str | None = None
     timings: Timings | None = None
 
+    @classmethod
+    def merge(cls, deltas: Sequence[Delta]) -> Delta:
+        """Successive deltas of one request as one."""
+        last = deltas[-1]
+        if len(deltas) == 1:
+            return last
+        logprobs = None
+        if last.logprobs is not None:
+            logprobs = tuple(entry for delta in deltas for entry in delta.logprobs or ())
+        return replace(
+            last,
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            logprobs=logprobs,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -74,17 +90,15 @@ class Completion:
     @classmethod
     def join(cls, deltas: Sequence[Delta]) -> Completion:
         """All deltas of one request, of which the last has a finish reason."""
-        last = deltas[-1]
-        assert last.finish_reason is not None
+        whole = Delta.merge(deltas)
+        assert whole.finish_reason is not None
         return cls(
-            request_id=last.request_id,
-            text="".join(delta.text for delta in deltas),
-            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-            finish_reason=last.finish_reason,
-            usage=last.usage,
-            matched_stop=last.matched_stop,
-            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs or ())
-            if last.logprobs is not None
-            else None,
-            timings=last.timings,
+            request_id=whole.request_id,
+            text=whole.text,
+            token_ids=whole.token_ids,
+            finish_reason=whole.finish_reason,
+            usage=whole.usage,
+            matched_stop=whole.matched_stop,
+            logprobs=whole.logprobs,
+            timings=whole.timings,
         )

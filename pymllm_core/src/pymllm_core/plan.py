@@ -40,12 +40,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes. budget is the share of `available` that weights, workspace and KV may take together."""
+    """Bytes. budget is the share of `available` that all together may take.
+
+    graphs: captured decode steps, with the logits that they write; 0 where there are none.
+    """
 
     available: int
     budget: int
     weights: int
     workspace: int
+    graphs: int
     kv_bytes_per_token: int
     page_size: int
     num_pages: int
@@ -53,6 +57,11 @@ class MemoryPlan:
     @property
     def kv(self) -> int:
         return self.num_pages * self.page_size * self.kv_bytes_per_token
+
+    @property
+    def left(self) -> int:
+        """What is left of the budget."""
+        return self.budget - self.weights - self.workspace - self.graphs - self.kv
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class Plan:
             "architecture": self.architecture,
             "dtype": self.dtype,
             "kv_dtype": self.kv_dtype,
+            "vocab_size": self.vocab_size,
             "device": {**dataclasses.asdict(self.device), "cpu_flags": sorted(self.device.cpu_flags)},
             "chosen": {
                 "model": _choice(self.model),
@@ -118,22 +128,23 @@ def divide_memory(
     fraction: float,
     weights: int,
     workspace: int,
+    graphs: int,
     kv_bytes_per_token: int,
     page_size: int,
     wanted_tokens: int | None,
     useful_tokens: int,
 ) -> MemoryPlan:
-    """Give KV what weights and workspace leave of ``available · fraction``, as far as it is useful.
+    """Give KV what weights, workspace and graphs leave of ``available · fraction``, as far as it is useful.
 
     wanted_tokens: the pool's size if the user set it. useful_tokens: more could never be occupied.
     Raises MemoryPlanError with the numbers and the flag to change.
     """
     budget = int(available * fraction)
-    left = budget - weights - workspace
+    left = budget - weights - workspace - graphs
     per_page = kv_bytes_per_token * page_size
     numbers = (
         f"{_gib(available)} are free, mem_fraction_static={fraction:g} of it is {_gib(budget)}; weights need "
-        f"{_gib(weights)}, workspace {_gib(workspace)}"
+        f"{_gib(weights)}, workspace {_gib(workspace)}" + (f", CUDA graphs {_gib(graphs)}" if graphs else "")
     )
     if wanted_tokens is not None:
         pages = -(-wanted_tokens // page_size)
@@ -150,7 +161,7 @@ def divide_memory(
                 f"the model does not fit: {numbers}, and nothing is left for KV. Raise "
                 "--server.mem_fraction_static, free memory, or take a smaller or quantised model"
             )
-    return MemoryPlan(available, budget, weights, workspace, kv_bytes_per_token, page_size, pages)
+    return MemoryPlan(available, budget, weights, workspace, graphs, kv_bytes_per_token, page_size, pages)
 
 
 def _gib(count: int) -> str:

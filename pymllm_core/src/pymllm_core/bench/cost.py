@@ -47,7 +47,11 @@ class ModelCost:
         self._products: Counter[str] = Counter()
         self._head: Counter[str] = Counter()
         for node in assembly.builder.nodes:
-            size = sum(slot.num_bytes for slot in node.slots() if not slot.optional)
+            size = (
+                node.resident_bytes
+                if isinstance(node, Linear)
+                else sum(slot.num_bytes for slot in node.slots() if not slot.optional)
+            )
             if isinstance(node, Embedding | QuantisedEmbedding):
                 self._embedding_row += size / node.vocab_size
                 continue

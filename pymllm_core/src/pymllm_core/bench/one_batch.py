@@ -20,10 +20,10 @@ from pymllm_core.bench.profiling import ProfileOptions, profile_batch
 from pymllm_core.bench.record import append_row, provenance
 from pymllm_core.bench.static_batch import Timing, time_batch
 from pymllm_core.config import Settings
-from pymllm_core.device import describe_device
 from pymllm_core.engine.build import assemble, build_engine
 from pymllm_core.engine.engine import Engine
 from pymllm_core.engine.status import Progress, ProgressCallback
+from pymllm_core.errors import ConfigError
 from pymllm_core.plan import Plan
 
 TOP_ID = 10_000
@@ -106,7 +106,6 @@ class OneBatch:
         self, settings: Settings, options: Options, progress: ProgressCallback = lambda _: None
     ) -> None:
         self.options = options
-        server = settings.server
         self.limits: DeviceLimits | None = None
         begin = time.perf_counter()
         assembly = assemble(
@@ -115,11 +114,14 @@ class OneBatch:
             weights=True,
         )
         plan = assembly.plan
+        if options.profile and options.profile.activities == ("GPU",) and plan.device.type == "cpu":
+            raise ConfigError(
+                "--profile-activities GPU records nothing here: the engine runs on the CPU; add CPU"
+            )
         if options.limits != "off":
             progress(Progress("measuring the device"))
             start = time.perf_counter()
-            device = describe_device(server.base_gpu_id, force=plan.device.type)
-            self.limits = device_limits(device, plan.dtype, again=options.limits == "measure")
+            self.limits = device_limits(plan.device, plan.dtype, again=options.limits == "measure")
             begin += time.perf_counter() - start
             reset_peak(torch.device(plan.device.torch_name))
         self.cost = ModelCost(assembly)

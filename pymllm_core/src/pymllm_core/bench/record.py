@@ -16,6 +16,7 @@ from typing import Any
 from pymllm_core.commands.version import distribution_version, versions
 
 COMMIT_VARIABLE = "PYMLLM_COMMIT"
+_MASK = "***"
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -36,12 +37,18 @@ def provenance(command: str) -> dict[str, Any]:
 
 
 def command_line(*names: str) -> str:
-    """This process's command: `names`, then its arguments as a shell would take them."""
+    """This process's command: `names`, then its arguments as a shell would take them; keys are masked."""
     rest = sys.argv[1:]
     # The historic entry point does not repeat the names of the sub-commands.
     if rest[: len(names) - 1] == list(names[1:]):
         rest = rest[len(names) - 1 :]
-    return shlex.join([*names, *rest])
+    shown, secret = list(names), False
+    for token in rest:
+        flag, equals, _ = token.partition("=")
+        key = flag.startswith("--") and flag.endswith(("api_key", "api-key"))
+        shown.append(_MASK if secret else f"{flag}={_MASK}" if key and equals else token)
+        secret = key and not equals
+    return shlex.join(shown)
 
 
 @functools.cache

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -57,6 +58,27 @@ def settings_of(ctx: click.Context, model: str | None = None) -> Settings:
 
     argv: Sequence[str] = ctx.meta.get(_META, ())
     return load_settings(argv, model=model)
+
+
+def spread(args: Sequence[str], patterns: Mapping[str, re.Pattern[str]]) -> list[str]:
+    """``--size 1 8`` as ``--size 1 --size 8``, for click, whose options take a fixed number of values.
+
+    patterns: by option, what its values look like; the first argument that does not ends them.
+    """
+    result: list[str] = []
+    option: str | None = None
+    first = False
+    for token in args:
+        if token in patterns:
+            option, first = token, True
+            result.append(token)
+        elif option is not None and patterns[option].fullmatch(token):
+            result += [token] if first else [option, token]
+            first = False
+        else:
+            option = None
+            result.append(token)
+    return result
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -119,8 +119,9 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
         ("budget", human_bytes(memory.budget)),
         ("weights", human_bytes(memory.weights)),
         ("workspace", human_bytes(memory.workspace)),
+        *([("CUDA graphs", human_bytes(memory.graphs))] if memory.graphs else []),
         ("KV cache", kv),
-        ("left of the budget", human_bytes(memory.budget - memory.weights - memory.workspace - memory.kv)),
+        ("left of the budget", human_bytes(memory.left)),
     ]
 
 

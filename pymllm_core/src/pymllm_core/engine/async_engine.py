@@ -28,7 +28,8 @@ State = Literal["loading", "ready", "failed", "stopped"]
 class Stream:
     """An asynchronous iterator over one request's deltas; ends after the one with a finish reason.
 
-    Closing it early aborts the request. Belongs to the event loop that submitted the request.
+    Closing it early aborts the request. Belongs to the event loop that submitted the request. A reader that is
+    slower than the engine gets what has come meanwhile as one delta.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], object]) -> None:
@@ -48,7 +49,8 @@ class Stream:
                 raise StopAsyncIteration
             self._ready.clear()
             await self._ready.wait()
-        delta = self._queue.popleft()
+        delta = Delta.merge(self._queue)
+        self._queue.clear()
         self._finished = delta.finish_reason is not None
         return delta
 
@@ -65,15 +67,22 @@ class Stream:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    def put(self, deltas: list[Delta]) -> None:
-        """From any thread."""
-        # A loop that was closed has nobody left who waits.
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._receive, deltas)
+    @staticmethod
+    def put(news: list[tuple[Stream, Delta]]) -> None:
+        """Hand each stream its delta; from any thread. Each event loop is woken once."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Delta]]] = {}
+        for entry in news:
+            loops.setdefault(entry[0]._loop, []).append(entry)
+        for loop, entries in loops.items():
+            # A loop that was closed has nobody left who waits.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(Stream._receive, entries)
 
-    def _receive(self, deltas: list[Delta]) -> None:
-        self._queue.extend(deltas)
-        self._ready.set()
+    @staticmethod
+    def _receive(entries: list[tuple[Stream, Delta]]) -> None:
+        for stream, delta in entries:
+            stream._queue.append(delta)
+            stream._ready.set()
 
 
 class AsyncEngine:
@@ -250,13 +259,15 @@ class AsyncEngine:
             self._deliver([delta])
 
     def _deliver(self, deltas: list[Delta]) -> None:
+        news = []
         for delta in deltas:
             finished = delta.finish_reason is not None
             stream = (
                 self._streams.pop(delta.request_id, None) if finished else self._streams.get(delta.request_id)
             )
             if stream is not None:
-                stream.put([delta])
+                news.append((stream, delta))
+        Stream.put(news)
 
     def _end_streams(self) -> None:
         reason: Literal["abort", "error"] = "error" if self.state == "failed" else "abort"

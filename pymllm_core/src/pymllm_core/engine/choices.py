@@ -11,6 +11,7 @@ import torch
 from pymllm_core.config import Settings
 from pymllm_core.device import DeviceInfo
 from pymllm_core.engine.checkpoint import Checkpoint
+from pymllm_core.engine.graphs import graph_sizes
 from pymllm_core.errors import CheckpointError, ConfigError
 from pymllm_core.plugins import Registry
 from pymllm_core.protocols.model import ModelShape
@@ -163,6 +164,15 @@ def workspace_bytes(shape: ModelShape, running: int, prefill: int, itemsize: int
     """
     tokens = prefill + running
     return 3 * running * shape.vocab_size * 4 + 16 * tokens * shape.hidden_size * itemsize
+
+
+def graph_bytes(shape: ModelShape, running: int) -> int:
+    """An upper estimate of what captured decode steps hold, in bytes.
+
+    All sizes share one pool, as large as the largest needs: its logits in float32, and its activations, which
+    are small beside them. Each graph takes a few megabytes of the driver's memory.
+    """
+    return running * (shape.vocab_size * 4 + 64 * shape.hidden_size) + len(graph_sizes(running)) * (4 << 20)
 
 
 def unused_settings(settings: Settings, device: DeviceInfo, dtype: str) -> list[str]:

@@ -4,12 +4,16 @@ A graph holds a whole step of `size` sequences, from the token ids to the greedy
 never move. The chosen tokens are written where the next step reads its ids, so that as long as the same
 sequences run, a step needs nothing from the one before it. A batch that is smaller than its graph is filled
 up with rows that read and write the page of nobody.
+
+Sampling by the usual parameters (temperature, top_k with or without top_p and min_p) has graphs of its own,
+which are replayed after the step's. What is rarer is launched operator by operator (`Sampler.sample`).
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from pymllm_core.engine.batch import Chunk
 from pymllm_core.engine.inputs import PageTables
+from pymllm_core.engine.sampler import Group, draw
 from pymllm_core.protocols.attention import AttentionBackend, ForwardContext, LayerKV
 from pymllm_core.protocols.model import Model
 
@@ -31,6 +36,13 @@ def graph_sizes(max_running: int) -> tuple[int, ...]:
     return (*(size for size in steps if size < max_running), max_running)
 
 
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+"""From a step to what repeats it, and the tensor that holds the step's result after each repetition."""
+
+CAPTURED_DRAWS = (0, 64)
+"""The numbers of candidates (`sampler.Group`) for which sampling is captured."""
+
+
 class _Host:
     """One set of pinned buffers: the numbers of a step and its page table."""
 
@@ -40,6 +52,7 @@ class _Host:
         self.positions, self.slots, self.kv_lens = _views(self.numbers, size)
         self.table = torch.zeros((size, pages), dtype=torch.int32, pin_memory=cuda)
         self.ids = torch.zeros(size, dtype=torch.int64, pin_memory=cuda)
+        self.draws = torch.zeros(size, dtype=torch.float64, pin_memory=cuda)
 
 
 def _views(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,8 +63,7 @@ def _views(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
 class DecodeGraphs:
     """Captured decode steps of up to max(sizes) sequences; see the module.
 
-    ids: [max size] int64, the tokens chosen by the last replay. capture: makes a function that repeats what
-    the given one did, and returns its result; by default a CUDA graph.
+    ids: [max size] int64, the tokens chosen by the last replay. capture: see `Capture`; by default CUDA graphs.
     """
 
     def __init__(
@@ -65,14 +77,15 @@ class DecodeGraphs:
         page_size: int,
         vocab_size: int,
         device: torch.device,
-        capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.sizes = sorted(sizes)
         largest, cuda = self.sizes[-1], device.type == "cuda"
         self._model, self._attention, self._kv = model, attention, kv
         self._pages, self._page_size, self._vocab_size = pages, page_size, vocab_size
         self._capture = capture or _CudaCapture(device)
-        self._replays: dict[int, Callable[[], Tensor]] = {}
+        self._replays: dict[int, Callable[[], None]] = {}
+        self._logits: dict[int, Tensor] = {}
         self._contexts: dict[int, ForwardContext] = {}
         # The page after the last belongs to nobody (`Runner`).
         self._spare = kv[0].k.shape[0] // page_size - 1
@@ -90,6 +103,11 @@ class DecodeGraphs:
         self._turn = 0
         self._order: list[object] = []
         self._size = 0
+        self._draw_replays: dict[tuple[int, int], Callable[[], None]] = {}
+        self._uniforms = torch.zeros(largest, dtype=torch.float64, device=device)
+        # temperature, top_k, top_p and min_p of each row
+        self._parameters = torch.ones((4, largest, 1), dtype=torch.float64, device=device)
+        self._group: Group | None = None
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a graph can compute this step: nothing but decodes, each of which samples."""
@@ -102,7 +120,13 @@ class DecodeGraphs:
             progress(done, len(self.sizes))
             ctx = self._contexts[size] = self._context(size)
             self._attention.plan(ctx)
-            self._replays[size] = self._capture(lambda ctx=ctx, size=size: self._step(ctx, size))  # type: ignore[misc]
+            self._replays[size], logits = self._capture(partial(self._step, ctx, size))
+            for candidates in CAPTURED_DRAWS:
+                if candidates < self._vocab_size:
+                    draw_step = partial(self._draw_step, candidates, logits)
+                    self._draw_replays[candidates, size], _ = self._capture(draw_step)
+            # Only now: what samples from the logits must not have its intermediate results in their memory.
+            self._logits[size] = _borrow(logits) if logits.is_cuda else logits
         progress(len(self.sizes), len(self.sizes))
 
     def run(self, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> tuple[Tensor, Tensor]:
@@ -151,8 +175,30 @@ class DecodeGraphs:
         ctx = self._contexts[size]
         ctx.kv_lens_host, ctx.same_pages = numbers[2][:size].tolist(), same_pages
         self._attention.plan(ctx)
-        logits = self._replays[size]()
-        return self.ids[:count], logits[:count]
+        self._replays[size]()
+        return self.ids[:count], self._logits[size][:count]
+
+    def draws(self, group: Group) -> bool:
+        """Whether sampling of this kind is captured."""
+        return (group.candidates, self._size) in self._draw_replays
+
+    def draw(self, group: Group, numbers: list[float]) -> Tensor:
+        """Sample from the logits of the step just started: [B] int64, valid until the next call of `run`.
+
+        numbers: one in [0, 1) for each row. All rows are of the one group.
+        """
+        count = len(numbers)
+        # The set of buffers that this step has used (`run` has moved on).
+        host = self._hosts[1 - self._turn]
+        host.draws.numpy()[:count] = numbers
+        self._uniforms.copy_(host.draws, non_blocking=True)
+        if group is not self._group:
+            self._group = group
+            columns = (group.temperature, group.top_k, group.top_p, group.min_p)
+            for parameter, column in zip(self._parameters, columns, strict=True):
+                parameter[:count] = column
+        self._draw_replays[group.candidates, self._size]()
+        return self.ids[:count]
 
     def _send_ids(self, host: _Host, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> None:
         ids = host.ids.numpy()
@@ -192,6 +238,14 @@ class DecodeGraphs:
         torch.argmax(logits[:, : self._vocab_size], dim=-1, out=ids)
         return logits
 
+    def _draw_step(self, candidates: int, logits: Tensor) -> Tensor:
+        size = len(logits)
+        temperature, top_k, top_p, min_p = self._parameters[:, :size]
+        group = Group(candidates, [], self.ids, temperature, top_k, top_p, min_p)
+        tokens = draw(logits[:, : self._vocab_size], group, self._uniforms[:size])
+        self.ids[:size] = tokens
+        return tokens
+
 
 class _CudaCapture:
     """Makes CUDA graphs that share one memory pool: replays never overlap."""
@@ -201,7 +255,7 @@ class _CudaCapture:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         assert self._stream is not None
         # Once outside of the capture: kernels compile and libraries take their workspace at their first call.
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -212,13 +266,7 @@ class _CudaCapture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = step()
-        borrowed = _borrow(result)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return borrowed
-
-        return replay
+        return graph.replay, result
 
 
 class _Borrowed:

@@ -33,7 +33,8 @@ def load_weights(
     else:
         checkpoint.check([slot for node in builder.nodes for slot in node.slots()], builder.ignored)
         read = checkpoint.read
-    total, done = builder.weight_bytes, 0
+    # Of what is read: a node may keep less (an output head that is quantised as it is loaded).
+    total, done = sum(slot.num_bytes for node in builder.nodes for slot in node.slots()), 0
     progress(Progress("loading weights", 0, total))
     for node in builder.nodes:
         if cancel.is_set():

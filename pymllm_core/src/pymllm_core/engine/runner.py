@@ -18,7 +18,7 @@ from torch import Tensor
 from pymllm_core.engine.batch import Batch, Chunk
 from pymllm_core.engine.graphs import DecodeGraphs
 from pymllm_core.engine.inputs import PageTables, StepInputs
-from pymllm_core.engine.sampler import Sampler, SamplerOutput
+from pymllm_core.engine.sampler import Sampler, SamplerOutput, uniform
 from pymllm_core.engine.sequence import Sequence
 from pymllm_core.nn.memory import zeros_on_demand
 from pymllm_core.output import TokenLogprob
@@ -178,6 +178,9 @@ class Runner:
             tokens, logits = self._graphs.run(chunks, self._tokens, self._where)
             if self._sampler.chooses_best(sequences):
                 output = SamplerOutput(tokens)
+            elif (group := self._sampler.common_group(sequences)) and self._graphs.draws(group):
+                numbers = [uniform(s.seed, i) for s, i in zip(sequences, indices, strict=True)]
+                output = SamplerOutput(self._graphs.draw(group, numbers))
             else:
                 output = self._sampler.sample(logits, sequences, indices)
                 output.tokens = tokens.copy_(output.tokens)

@@ -39,8 +39,11 @@ class SamplerOutput:
 
 
 @dataclass(slots=True)
-class _Group:
-    """Rows that are drawn the same way. candidates 0: no filter; -1: the whole sorted vocabulary."""
+class Group:
+    """Rows that are drawn the same way. candidates 0: no filter; -1: the whole sorted vocabulary.
+
+    index: [R] int64, the rows. The parameters are [R, 1] float64, on the device.
+    """
 
     candidates: int
     rows: list[int] = field(default_factory=list)
@@ -57,7 +60,7 @@ class _Prepared:
 
     sequences: list[Sequence]
     all_greedy: bool
-    groups: list[_Group]
+    groups: list[Group]
     penalised: list[int]
     buffers: Tensor | None
     penalties: Tensor | None
@@ -111,6 +114,14 @@ class Sampler:
         prepared = self._prepared_for(sequences)
         return prepared.all_greedy and prepared.plain
 
+    def common_group(self, sequences: list[Sequence]) -> Group | None:
+        """The group of all rows, where all are drawn the same way and nothing else is asked for."""
+        prepared = self._prepared_for(sequences)
+        if not prepared.plain or len(prepared.groups) != 1:
+            return None
+        (group,) = prepared.groups
+        return group if len(group.rows) == len(sequences) else None
+
     def _prepared_for(self, sequences: list[Sequence]) -> _Prepared:
         prepared = self._prepared
         if prepared is None or prepared.sequences != sequences:
@@ -136,7 +147,7 @@ class Sampler:
                 dtype=torch.float64,
             ).to(self._device, non_blocking=True)
             for group in prepared.groups:
-                tokens[group.index] = self._draw(logits[group.index], group, draws[group.index])
+                tokens[group.index] = draw(logits[group.index], group, draws[group.index])
         if prepared.penalties is not None:
             assert self._generated is not None
             rows = torch.tensor(prepared.penalised, device=self._device)
@@ -147,11 +158,11 @@ class Sampler:
 
     def _prepare(self, sequences: list[Sequence]) -> _Prepared:
         params = [sequence.request.params for sequence in sequences]
-        groups: dict[int, _Group] = {}
+        groups: dict[int, Group] = {}
         for row, p in enumerate(params):
             if not p.greedy:
                 size = self._candidates(p)
-                groups.setdefault(size, _Group(size)).rows.append(row)
+                groups.setdefault(size, Group(size)).rows.append(row)
         for group in groups.values():
             chosen = [params[row] for row in group.rows]
             group.index = torch.tensor(group.rows, device=self._device)
@@ -220,27 +231,31 @@ class Sampler:
         chosen = torch.where(seen, repeated, chosen)
         logits[rows] = chosen - frequency * counts - presence * (counts > 0)
 
-    def _draw(self, logits: Tensor, group: _Group, draws: Tensor) -> Tensor:
-        """Sample rows that share a way of being cut. Sums run in float64, in the order of the columns."""
-        size = group.candidates
-        if size == 0:
-            weights = _weights(logits, logits.amax(dim=-1, keepdim=True), group.temperature)
-            weights = weights * (weights >= group.min_p)
-            return _pick(weights, draws)
-        if size == -1:
-            values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        else:
-            values, ids = logits.topk(size, dim=-1)
-        weights = _weights(values, values[:, :1], group.temperature)
-        rank = torch.arange(values.shape[1], device=values.device)
-        weights = weights * (rank < group.top_k)
-        # The most likely token has weight 1, so that min_p compares with the weight itself. As in vLLM it acts
-        # before top_p.
+
+def draw(logits: Tensor, group: Group, draws: Tensor) -> Tensor:
+    """Sample rows that share a way of being cut; [R] int64. Nothing is asked of the device, so it can be captured.
+
+    logits: [R, vocab] float32. draws: [R] float64. Sums run in float64, in the order of the columns.
+    """
+    size = group.candidates
+    if size == 0:
+        weights = _weights(logits, logits.amax(dim=-1, keepdim=True), group.temperature)
         weights = weights * (weights >= group.min_p)
-        before = weights.cumsum(dim=-1)
-        keep = (before - weights) < group.top_p * before[:, -1:]
-        keep[:, 0] = True
-        return ids.gather(1, _pick(weights * keep, draws)[:, None])[:, 0]
+        return _pick(weights, draws)
+    if size == -1:
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    else:
+        values, ids = logits.topk(size, dim=-1)
+    weights = _weights(values, values[:, :1], group.temperature)
+    rank = torch.arange(values.shape[1], device=values.device)
+    weights = weights * (rank < group.top_k)
+    # The most likely token has weight 1, so that min_p compares with the weight itself. As in vLLM it acts
+    # before top_p.
+    weights = weights * (weights >= group.min_p)
+    before = weights.cumsum(dim=-1)
+    keep = (before - weights) < group.top_p * before[:, -1:]
+    keep[:, 0] = True
+    return ids.gather(1, _pick(weights * keep, draws)[:, None])[:, 0]
 
 
 def _weights(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:

@@ -162,4 +162,7 @@ class Builder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights; a tensor that two nodes read is counted twice where both keep a copy."""
-        return sum(slot.num_bytes for node in self.nodes for slot in node.slots())
+        return sum(
+            node.resident_bytes if isinstance(node, Linear) else sum(slot.num_bytes for slot in node.slots())
+            for node in self.nodes
+        )

@@ -41,6 +41,12 @@ class Int8HeadScheme:
     def slots(self) -> list[WeightSlot]:
         return [self._slot]
 
+    @property
+    def resident_bytes(self) -> int:
+        """What is held after loading: codes and scales."""
+        rows, columns = self._slot.shape
+        return rows * (columns + self._slot.dtype.itemsize)
+
     def load(self, read: Reader, device: torch.device) -> dict[str, Tensor]:
         stored = read(self._slot)
         assert stored is not None

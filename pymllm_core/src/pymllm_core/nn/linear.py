@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pymllm_core.nn import ops
+from pymllm_core.nn.int8_head import Int8HeadScheme
 from pymllm_core.nn.norm import RMSNorm
 from pymllm_core.protocols.kernel import LinearKernel
 from pymllm_core.protocols.quant import LinearLayer, LinearScheme, Reader, WeightSlot
@@ -82,6 +83,13 @@ class Linear:
     def slots(self) -> list[WeightSlot]:
         """What the checkpoint must hold for this node."""
         return self.scheme.slots()
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weights once they are loaded, in their format; every step reads them once."""
+        if isinstance(self.scheme, Int8HeadScheme):
+            return self.scheme.resident_bytes
+        return sum(slot.num_bytes for slot in self.slots() if not slot.optional)
 
     def load(self, read: Reader, device: torch.device) -> None:
         """Read and repack the weights; afterwards the node can be called."""

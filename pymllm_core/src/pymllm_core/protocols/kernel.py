@@ -35,5 +35,8 @@ class LinearKernel(Protocol):
         residual: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """x: [M, K] in the computation's dtype. Returns [M, N], or [M, N / 2] after ``silu_mul``."""
+        """x: [M, K] in the computation's dtype. Returns [M, N], or [M, N / 2] after ``silu_mul``.
+
+        residual may be overwritten, and the result may lie in its memory: the caller has no more use for it.
+        """
         ...
