@@ -1,10 +1,12 @@
 """The CUTLASS int8 product on a GPU: is every tile exact, and which is fastest for which shape.
 
-    python benchmarks/gpu_int8.py [--libraries DIR] [--out rows.jsonl]
+    python benchmarks/gpu_int8.py [--tiles NAME ... | --libraries DIR] [--out rows.jsonl]
 
-Without --libraries the tiles of this device's table are compiled through the cache; DIR holds prebuilt
-libraries instead, one a file named after its tile (``128x256x128-2x1-cooperative.so``), with results in
-bfloat16. Times are those of CUDA graphs whose weights take turns, so that none is still in the L2 cache.
+By default the tiles of this device's table are timed. --tiles names others, e.g.
+``128x256x128-2x1-cooperative`` on Hopper (block, cluster, schedule) or ``128x128x64-64x64-4`` before it (block,
+warp, stages). They come from a bundle, the cache or the compiler; DIR holds prebuilt libraries instead, one a
+file named after its tile. Results are in bfloat16. Times are those of CUDA graphs whose weights take turns, so
+that none is still in the L2 cache.
 """
 
 from __future__ import annotations
@@ -48,13 +50,17 @@ def load(folder: Path) -> dict[str, Int8Gemm]:
     }
 
 
-def build() -> dict[str, Int8Gemm]:
-    """The tiles of this device's table."""
-    from pymllm_kernels.cutlass.library import int8_gemm_kernel
-    from pymllm_kernels.cutlass.tiles import tiles_for
+def build(names: list[str] | None) -> dict[str, Int8Gemm]:
+    """The tiles with these names, or those of this device's table."""
+    from pymllm_kernels.cutlass.library import int8_gemm_kernel, recipe
+    from pymllm_kernels.cutlass.tiles import tile_named, tiles_for
+    from pymllm_kernels.parallel import build_all
 
     capability = torch.cuda.get_device_capability()
-    return {tile.name: int8_gemm_kernel(tile, BF16, capability) for _, tile in tiles_for(capability)}
+    tiles = [tile_named(name, capability) for name in names or ()]
+    tiles = tiles or [tile for tile, _ in tiles_for(capability)]
+    build_all([recipe(tile, BF16, capability) for tile in tiles])
+    return {tile.name: int8_gemm_kernel(tile, BF16, capability) for tile in tiles}
 
 
 def codes(*shape: int, generator: torch.Generator) -> Tensor:
@@ -210,13 +216,15 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--libraries", type=Path, help="folder of prebuilt libraries")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--tiles", nargs="+", metavar="NAME", help="instead of the device's table")
+    source.add_argument("--libraries", type=Path, help="folder of prebuilt libraries")
     parser.add_argument("--out", type=Path, help="JSONL to append to")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="values of M")
     parser.add_argument("--no-walks", action="store_true", help="only one order of walking over tiles")
     arguments = parser.parse_args()
 
-    gemms = load(arguments.libraries) if arguments.libraries else build()
+    gemms = load(arguments.libraries) if arguments.libraries else build(arguments.tiles)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

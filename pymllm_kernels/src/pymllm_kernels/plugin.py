@@ -1,4 +1,4 @@
-"""Registers the CPU kernels and the Triton kernels for NVIDIA GPUs."""
+"""Registers the CPU kernels, and those of Triton and CUTLASS for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def pymllm_kernels() -> list[KernelSpec]:
             priority=100,
         ),
         *_triton_kernels(),
+        *_cutlass_kernels(),
     ]
 
 
@@ -90,6 +91,32 @@ def _triton_kernels() -> list[KernelSpec]:
                 "attention_prep:TritonAttentionPrep",
                 _triton(head_dim=ShapeRule(multiple_of=2)),
             ),
+        )
+    ]
+
+
+def _cutlass_kernels() -> list[KernelSpec]:
+    """One for each dtype, because a library is compiled for one type of result."""
+    return [
+        KernelSpec(
+            operation="w8a8_linear",
+            name=name,
+            implementation=f"pymllm_kernels.cutlass.w8a8:{implementation}",
+            needs=Needs(
+                devices=("cuda",),
+                capability_min=(8, 0),
+                capability_max=(9, 0),
+                dtypes=(dtype,),
+                modules={"triton": "triton"},
+                # int32 holds every sum up to this K.
+                shape={"K": ShapeRule(multiple_of=16, maximum=1 << 16), "N": ShapeRule(multiple_of=16)},
+                check="pymllm_kernels.cutlass.library:why_not",
+            ),
+            priority=150,
+        )
+        for name, dtype, implementation in (
+            ("cutlass", "bfloat16", "CutlassW8A8"),
+            ("cutlass-float16", "float16", "CutlassW8A8Half"),
         )
     ]
 

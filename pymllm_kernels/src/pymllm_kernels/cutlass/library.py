@@ -11,9 +11,10 @@ import torch
 from pymllm_kernels.cutlass.gemm import OUT_DTYPES, Int8Gemm
 from pymllm_kernels.cutlass.tiles import Capability, Tile, tiles_for
 from pymllm_kernels.cutlass.toolchain import arch_name, cutlass_toolchain
-from pymllm_kernels.jit import load_library
+from pymllm_core.specs import Want
+from pymllm_kernels.jit import cache_entry, find_library, load_library
 from pymllm_kernels.parallel import build_all
-from pymllm_kernels.recipe import Recipe
+from pymllm_kernels.recipe import KernelBuildError, Recipe
 
 _SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 _MEMORY = 4 << 30
@@ -38,12 +39,14 @@ def recipe(tile: Tile, dtype: torch.dtype, capability: Capability) -> Recipe:
     """How the library of one tile, type of result and device is compiled."""
     arch = arch_name(capability)
     number = arch.removeprefix("sm_")
+    # PTX beside the machine code lets a later device run SM80's product; Hopper's own is for nothing else.
+    code = arch if capability == (9, 0) else f"[{arch},compute_{number}]"
     return Recipe(
         name=f"int8_gemm_{arch}_{tile.name}_{str(dtype).removeprefix('torch.')}",
         sources=(_SOURCES / tile.source,),
         flags=(
             *_FLAGS,
-            f"-gencode=arch=compute_{number},code={arch}",
+            f"-gencode=arch=compute_{number},code={code}",
             f"-DPYMLLM_OUT={OUT_DTYPES[dtype]}",
             *(f"-D{name}={value}" for name, value in tile.macros.items()),
         ),
@@ -56,7 +59,7 @@ def recipe(tile: Tile, dtype: torch.dtype, capability: Capability) -> Recipe:
 
 def recipes(capability: Capability, dtypes: Iterable[torch.dtype]) -> list[Recipe]:
     """Every library that a device may ask for. Raises ValueError for a device without tiles."""
-    return [recipe(tile, dtype, capability) for dtype in dtypes for _, tile in tiles_for(capability)]
+    return [recipe(tile, dtype, capability) for dtype in dtypes for tile, _ in tiles_for(capability)]
 
 
 @functools.cache
@@ -65,6 +68,32 @@ def int8_gemm_kernel(tile: Tile, dtype: torch.dtype, capability: Capability) -> 
     return Int8Gemm(load_library(recipe(tile, dtype, capability)), dtype)
 
 
-def prepare(dtype: torch.dtype, capability: Capability) -> None:
-    """Compile what the device lacks of its table, several at a time, before the first product waits for it."""
+def load_gemms(dtype: torch.dtype, capability: Capability) -> dict[Tile, Int8Gemm]:
+    """The products of all tiles of a device; what is missing is compiled first, several at a time.
+
+    Raises KernelBuildError where something has to be compiled and cannot.
+    """
     build_all(recipes(capability, [dtype]))
+    return {tile: int8_gemm_kernel(tile, dtype, capability) for tile, _ in tiles_for(capability)}
+
+
+def why_not(want: Want) -> str | None:
+    """Why no product can be had for this situation, None where it is compiled or can be: a `Needs.check`."""
+    capability = want.device.capability
+    assert capability is not None
+    return _why_not(capability, want.dtype)
+
+
+@functools.cache  # asked for every linear of a model
+def _why_not(capability: Capability, dtype: str) -> str | None:
+    for item in recipes(capability, [getattr(torch, dtype)]):
+        try:
+            found = find_library(item)
+        except KernelBuildError:
+            return None  # a damaged bundle, which was meant to serve: loading says what is wrong with it
+        if found is None:
+            try:
+                cache_entry(item)
+            except KernelBuildError as error:
+                return f"no bundle holds {item.name}, and it cannot be compiled: {error}"
+    return None

@@ -20,7 +20,7 @@
 // All else is hidden: the libraries of several tiles are loaded side by side.
 #define PYMLLM_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Mirrored by `_Arguments` in int8_gemm.py.
+// Mirrored by `_Arguments` in cutlass/gemm.py.
 struct Int8GemmArguments {
   std::int64_t m, n, k;
   const std::int8_t* a;
@@ -38,7 +38,7 @@ struct Int8GemmArguments {
   std::int32_t swizzle;  // how many tiles wide the bands are in which tiles are walked
 };
 
-// Mirrored by `_ERRORS` in int8_gemm.py. A CUDA error e is returned as 1000 + e.
+// Mirrored by `_ERRORS` in cutlass/gemm.py. A CUDA error e is returned as 1000 + e.
 enum Int8GemmError : int {
   kOk = 0,
   kShape = 1,

@@ -197,6 +197,9 @@ typename Gemm::Arguments translate(Int8GemmArguments const& in) {
 
 }  // namespace
 
+// Bytes of shared memory that one block takes.
+PYMLLM_EXPORT std::size_t pymllm_int8_gemm_shared_memory() { return sizeof(typename Kernel::SharedStorage); }
+
 // Bytes of device memory that one call needs.
 PYMLLM_EXPORT std::size_t pymllm_int8_gemm_workspace_size(Int8GemmArguments const* in) {
   return Gemm::get_workspace_size(translate(*in));
