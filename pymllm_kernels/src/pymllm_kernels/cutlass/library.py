@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from pymllm_core.specs import Want
 from pymllm_kernels.cutlass.gemm import OUT_DTYPES, Int8Gemm
 from pymllm_kernels.cutlass.tiles import Capability, Tile, tiles_for
 from pymllm_kernels.cutlass.toolchain import arch_name, cutlass_toolchain
-from pymllm_core.specs import Want
 from pymllm_kernels.jit import cache_entry, find_library, load_library
 from pymllm_kernels.parallel import build_all
 from pymllm_kernels.recipe import KernelBuildError, Recipe
