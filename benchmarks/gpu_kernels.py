@@ -5,7 +5,7 @@ holds. ``table`` is what the package's own table chooses; tuples are other value
 stages, unroll for products; splits, BLOCK, warps, stages for decodes; BLOCK_M, BLOCK_N, warps, stages for
 prefills. Every variant is appended to the file; the screen shows the best of them.
 
-    python benchmarks/gpu_kernels.py [--models 0.6B,8B] [--only linear,w8a8,w4a16,prep,decode,prefill]
+    python benchmarks/gpu_kernels.py [--models 0.6B,8B] [--only linear,w8a8,w4a16,w8a16,prep,decode,prefill]
                                      [--rows 1,8,16,32] [--no-pdl] [--out results.jsonl]
 """
 
@@ -28,20 +28,30 @@ from gpu_timing import MODELS, Report, copies_of
 from torch import Tensor
 
 from pymllm_core.nn import quant_ops
-from pymllm_kernels.triton import linear, w4a16, w8a8
+from pymllm_kernels.triton import linear, w4a16, w8a8, w8a16
 from pymllm_kernels.triton.launch import ceil_div, gpu, pretend
 from pymllm_kernels.triton.linear_plan import Blocks
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
+NODES: dict[str, Any] = {
+    "linear": linear.TritonLinear(),
+    "w8a8": w8a8.TritonW8A8(),
+    "w4a16": w4a16.TritonW4A16(),
+    "w8a16": w8a16.TritonW8A16(),
+}
+MODULES: dict[str, Any] = {"linear": linear, "w8a8": w8a8, "w4a16": w4a16, "w8a16": w8a16}
+BITS = {"linear": 16, "w8a8": 8, "w4a16": 4, "w8a16": 8}
 
 
 def tensors(kind: str, n: int, k: int) -> dict[str, Tensor]:
     """Random weights of an operation."""
     if kind == "linear":
         return {"weight": torch.randn(n, k, dtype=BF16, device=DEVICE) * k**-0.5}
-    if kind == "w8a8":
+    if kind != "w4a16":
         weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=DEVICE)
+        if kind == "w8a16":
+            return {"weight": weight, "scale": (torch.rand(n, 1, device=DEVICE) * k**-0.5 / 64).to(BF16)}
         return {"weight": weight, "weight_scale": torch.rand(n, device=DEVICE) * k**-0.5 / 64 + 1e-5}
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
     scale = torch.rand(n, k // 128, device=DEVICE) * k**-0.5 / 4 + 1e-4
@@ -60,7 +70,9 @@ def reference(
         codes, scale = quant_ops.quantize_per_token_int8(wide.float())
         y = codes.double() @ weights["weight"].double().T * scale * weights["weight_scale"]
     else:
-        codes = quant_ops.unpack_int4(weights["weight"], x.shape[1])
+        codes = weights["weight"]
+        if kind == "w4a16":
+            codes = quant_ops.unpack_int4(codes, x.shape[1])
         y = wide @ quant_ops.dequantize(codes, weights["scale"].double()).T
     if gated:
         gate, up = y.chunk(2, dim=-1)
@@ -77,8 +89,7 @@ def variants(kind: str, rows: int, n: int, k: int, gated: bool) -> Iterator[tupl
     """Candidates by name: each fills out from (x, packed, norm, residual, out)."""
     matrices = 2 if gated else 1
     if rows == 1:
-        module = {"linear": linear, "w8a8": w8a8, "w4a16": w4a16}[kind]
-        bits = {"linear": 16, "w8a8": 8, "w4a16": 4}[kind]
+        module, bits = MODULES[kind], BITS[kind]
         for block_n, block_k, warps in itertools.product((2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8)):
             loaded = block_n * block_k * matrices * bits // 8
             if not 2048 <= loaded <= 32768 or block_k > 1 << (k - 1).bit_length() or loaded < warps * 512:
@@ -106,8 +117,8 @@ def variants(kind: str, rows: int, n: int, k: int, gated: bool) -> Iterator[tupl
             name = str((block_m, *dataclasses.astuple(block)))
             yield name, with_blocks(w8a8.matmul, (block_m, block))
     elif rows <= 64:
-        few = linear.few_rows if kind == "linear" else w4a16.few_rows
-        widths = (64, 128, 256) if kind == "linear" else (128, 256, 512)
+        few = MODULES[kind].few_rows
+        widths = (128, 256, 512) if kind == "w4a16" else (64, 128, 256)
         for block_n, block_k, warps, stages in itertools.product((16, 32, 64), widths, (2, 4, 8), (3, 5)):
             if block_n * warps > 256 or (kind == "w4a16" and stages == 5):
                 continue
@@ -127,7 +138,7 @@ def bench_linear(
 ) -> None:
     """One projection. sizes: as `Shape.linears` gives them. tried: time the variants, too."""
     n, k, gated, with_norm, with_residual = sizes
-    node = {"linear": linear.TritonLinear, "w8a8": w8a8.TritonW8A8, "w4a16": w4a16.TritonW4A16}[kind]()
+    node = NODES[kind]
     act = "silu_mul" if gated else None
     first = tensors(kind, n, k)
     moved = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
@@ -174,7 +185,7 @@ def bench_linear(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="0.6B,8B")
-    parser.add_argument("--only", default="linear,w8a8,w4a16,prep,decode,prefill")
+    parser.add_argument("--only", default="linear,w8a8,w4a16,w8a16,prep,decode,prefill")
     parser.add_argument("--rows", default="1,8")
     parser.add_argument("--no-variants", action="store_true", help="only what the table chooses")
     parser.add_argument("--no-pdl", action="store_true", help="without programmatic dependent launch")
@@ -187,7 +198,7 @@ def main() -> None:
             stack.enter_context(pretend(dataclasses.replace(gpu(torch.device("cuda", 0)), pdl=False)))
         for model, only in itertools.product(args.models.split(","), args.only.split(",")):
             shape, begin = MODELS[model], time.monotonic()
-            if only in ("linear", "w8a8", "w4a16"):
+            if only in NODES:
                 for rows in map(int, args.rows.split(",")):
                     bench_linear(
                         report, only, model, shape, rows, tried=tried and (rows <= 64 or only == "w8a8")
@@ -202,7 +213,7 @@ def main() -> None:
                 for count, kv_len in ((256, 256), (1024, 1024), (2048, 2048), (512, 8192)):
                     bench_attention(report, model, shape, [count], kv_len, tried=tried)
             else:
-                parser.error(f"--only {only!r} is none of linear, w8a8, w4a16, prep, decode, prefill")
+                parser.error(f"--only {only!r} is none of linear, w8a8, w4a16, w8a16, prep, decode, prefill")
             print(f"-- {model} {only}: {time.monotonic() - begin:.0f} s", flush=True)
 
 

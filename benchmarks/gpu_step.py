@@ -4,7 +4,7 @@ Random weights, every layer its own, the nodes as the model calls them; no embed
 what must be read (weights, cache) at the measured 4.56 TB/s of an H200.
 
     python benchmarks/gpu_step.py [--models 0.6B,4B,8B] [--formats linear,w8a8,w4a16] [--batches 1,8,32]
-                                  [--context 256] [--no-pdl] [--out results.jsonl]
+                                  [--context 256] [--head w8a16] [--no-pdl] [--out results.jsonl]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from gpu_attention import context
-from gpu_kernels import BF16, DEVICE, tensors
+from gpu_kernels import BF16, DEVICE, NODES, tensors
 from gpu_timing import MODELS, Report, Shape, replay_us
 from torch import Tensor
 
@@ -26,23 +26,18 @@ from pymllm_core.protocols.attention import AttentionConfig, LayerKV
 from pymllm_kernels.triton.attention import TritonAttention
 from pymllm_kernels.triton.attention_prep import TritonAttentionPrep
 from pymllm_kernels.triton.launch import gpu, pretend
-from pymllm_kernels.triton.linear import TritonLinear
-from pymllm_kernels.triton.w4a16 import TritonW4A16
-from pymllm_kernels.triton.w8a8 import TritonW8A8
-
-NODES: dict[str, Any] = {"linear": TritonLinear(), "w8a8": TritonW8A8(), "w4a16": TritonW4A16()}
 
 
 class Model:
-    """All weights of one model in one format; the head is dense."""
+    """All weights of one model in one format, the head's may be another."""
 
-    def __init__(self, shape: Shape, kind: str) -> None:
-        self.node, self.head_node, self.bytes = NODES[kind], NODES["linear"], 0
+    def __init__(self, shape: Shape, kind: str, head: str) -> None:
+        self.node, self.head_node, self.bytes = NODES[kind], NODES[head], 0
         self.layers = [
             {name: self._pack(kind, n, k, gated) for name, (n, k, gated, *_) in shape.linears().items()}
             for _ in range(shape.layers)
         ]
-        self.head = self._pack("linear", shape.vocab, shape.hidden, False)
+        self.head = self._pack(head, shape.vocab, shape.hidden, False)
         self.norm = (torch.ones(shape.hidden, dtype=BF16, device=DEVICE), 1e-6)
         self.head_norm = torch.ones(shape.dim, dtype=BF16, device=DEVICE)
 
@@ -63,8 +58,10 @@ def step(model: Model, x: Tensor, ctx: Any, prep: TritonAttentionPrep, table: Te
     return model.head_node.apply(x, model.head, norm=norm, out_dtype=torch.float32)
 
 
-def bench(report: Report, name: str, shape: Shape, kind: str, batches: list[int], kv_len: int) -> None:
-    model = Model(shape, kind)
+def bench(
+    report: Report, name: str, shape: Shape, kind: str, head: str, batches: list[int], kv_len: int
+) -> None:
+    model = Model(shape, kind, head)
     prep = TritonAttentionPrep()
     table = torch.randn(kv_len + 1, shape.dim, device=DEVICE)
     for batch in batches:
@@ -91,11 +88,19 @@ def bench(report: Report, name: str, shape: Shape, kind: str, batches: list[int]
         floor = moved / 4.56e6
         finite = bool(logits.isfinite().all())
         report.row(
-            us, moved=moved, op="step", model=name, format=kind, batch=batch, context=kv_len, finite=finite
+            us,
+            moved=moved,
+            op="step",
+            model=name,
+            format=kind,
+            head=head,
+            batch=batch,
+            context=kv_len,
+            finite=finite,
         )
         print(
-            f"{name} {kind:7} batch {batch:3} context {kv_len}: {us / 1e3:7.3f} ms, floor {floor / 1e3:.3f} ms, "
-            f"{floor / us:.0%} of it{'' if finite else ', NOT FINITE'}",
+            f"{name} {kind:6} head {head} batch {batch:3} context {kv_len}: {us / 1e3:7.3f} ms, "
+            f"floor {floor / 1e3:.3f} ms, {floor / us:.0%} of it{'' if finite else ', NOT FINITE'}",
             flush=True,
         )
 
@@ -104,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="0.6B,4B,8B")
     parser.add_argument("--formats", default="linear,w8a8,w4a16")
+    parser.add_argument("--head", default="linear", choices=["linear", "w8a16"])
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--no-pdl", action="store_true", help="without programmatic dependent launch")
@@ -116,7 +122,7 @@ def main() -> None:
         if args.no_pdl:
             stack.enter_context(pretend(dataclasses.replace(gpu(torch.device("cuda", 0)), pdl=False)))
         for name, kind in itertools.product(args.models.split(","), args.formats.split(",")):
-            bench(report, name, MODELS[name], kind, batches, args.context)
+            bench(report, name, MODELS[name], kind, args.head, batches, args.context)
             torch.cuda.empty_cache()
 
 

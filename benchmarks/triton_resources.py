@@ -26,6 +26,7 @@ from pymllm_kernels.triton.attention_prep import TritonAttentionPrep
 from pymllm_kernels.triton.linear import TritonLinear
 from pymllm_kernels.triton.w4a16 import TritonW4A16
 from pymllm_kernels.triton.w8a8 import TritonW8A8
+from pymllm_kernels.triton.w8a16 import TritonW8A16
 
 SMS = {(8, 0): 108, (8, 7): 16, (9, 0): 132}
 """Streaming multiprocessors of an A100, a Jetson AGX Orin and an H100 or H200."""
@@ -55,6 +56,7 @@ def linears(shape: Shape, rows: int) -> None:
                 TritonW4A16(),
                 {"weight": nothing(n, k // 2, dtype=torch.uint8), "scale": nothing(n, k // 128)},
             ),
+            (TritonW8A16(), {"weight": nothing(n, k, dtype=torch.int8), "scale": nothing(n, 1)}),
         ):
             node.apply(x, node.pack(tensors, act=act), norm=norm, residual=residual)
 

@@ -1,4 +1,4 @@
-"""The Triton W8A8 and W4A16 linears against `nn.quant_ops` in float64."""
+"""The Triton W8A8, W4A16 and W8A16 linears against `nn.quant_ops` in float64."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from triton_support import DEVICE, TINY, randn, rel_error, rms_norm, swiglu
 
 from pymllm_core.nn import quant_ops
-from pymllm_kernels.triton import w4a16
+from pymllm_kernels.triton import w4a16, widened
 from pymllm_kernels.triton.linear_plan import MAX_FEW_ROWS
 from pymllm_kernels.triton.quantize import StaticInput, quantize_rows
 from pymllm_kernels.triton.w4a16 import TritonW4A16
 from pymllm_kernels.triton.w8a8 import TritonW8A8
+from pymllm_kernels.triton.w8a16 import TritonW8A16
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -105,22 +106,33 @@ def test_codes_are_those_of_the_definition(asymmetric: bool) -> None:
     assert torch.equal(scales, expected[1][:, 0])
 
 
-def check_w4a16(
-    rows: int, n: int, k: int, groups: int, *, seed: int, asymmetric: bool, act: str | None, norm: bool
+def check_weight_only(
+    bits: int,
+    rows: int,
+    n: int,
+    k: int,
+    groups: int,
+    *,
+    seed: int,
+    asymmetric: bool,
+    act: str | None,
+    norm: bool,
 ) -> None:
     x = randn(seed, rows, k + 4)[:, 4:]
-    tensors = {
-        "weight": integers(seed, 0, 256, n, k // 2, dtype=torch.uint8),
-        "scale": (randn(seed + 1, n, groups, dtype=F32).abs() * 0.02 + 0.01).to(BF16),
-        "bias": randn(seed + 2, n),
-    }
+    scale = randn(seed + 1, n, groups, dtype=F32).abs() * 0.02 + 0.01
+    tensors = {"scale": (scale / 2 ** (bits - 4)).to(BF16), "bias": randn(seed + 2, n)}
+    low = -(1 << bits - 1)
+    if bits == 4:
+        tensors["weight"] = integers(seed, 0, 256, n, k // 2, dtype=torch.uint8)
+        codes = quant_ops.unpack_int4(tensors["weight"], k)
+    else:
+        codes = tensors["weight"] = integers(seed, low, -low, n, k, dtype=torch.int8)
     if asymmetric:
-        tensors["zero_point"] = integers(seed + 3, -8, 8, n, groups, dtype=torch.int8)
+        tensors["zero_point"] = integers(seed + 3, low, -low, n, groups, dtype=torch.int8)
     gain = (randn(seed + 4, k), 1e-6) if norm else None
     residual = randn(seed + 5, rows, n // 2 if act else n)
-    node = TritonW4A16()
+    node = TritonW4A16() if bits == 4 else TritonW8A16()
     out = node.apply(x, node.pack(dict(tensors), act=act), norm=gain, residual=residual, out_dtype=F32)
-    codes = quant_ops.unpack_int4(tensors["weight"], k)
     weight = quant_ops.dequantize(codes, tensors["scale"].double(), tensors.get("zero_point"))
     y = (x.double() if gain is None else rms_norm(x, *gain)) @ weight.T + tensors["bias"].double()
     # One row: float32 throughout. More: weights, and a norm's product, rounded to bfloat16; for cuBLAS the
@@ -135,12 +147,21 @@ def check_w4a16(
 @pytest.mark.parametrize(("n", "k", "groups"), [(40, 128, 4), (18, 320, 1), (6, 1280, 10), (10, 576, 9)])
 def test_w4a16(rows: int, asymmetric: bool, n: int, k: int, groups: int) -> None:
     for act, norm in ((None, False), ("silu_mul", True)):
-        check_w4a16(rows, n, k, groups, seed=rows + n, asymmetric=asymmetric, act=act, norm=norm)
+        check_weight_only(4, rows, n, k, groups, seed=rows + n, asymmetric=asymmetric, act=act, norm=norm)
 
 
-def test_w4a16_widens_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4a16, "WIDENED", 11 * 64)
-    check_w4a16(20, 26, 64, 2, seed=0, asymmetric=True, act="silu_mul", norm=True)
+@pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("n", "k", "groups"), [(40, 128, 4), (18, 330, 1), (6, 1280, 1), (10, 1584, 33)])
+def test_w8a16(rows: int, asymmetric: bool, n: int, k: int, groups: int) -> None:
+    for act, norm in ((None, False), ("silu_mul", True)):
+        check_weight_only(8, rows, n, k, groups, seed=rows + n, asymmetric=asymmetric, act=act, norm=norm)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_widened_in_blocks(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widened, "WIDENED", 11 * 64)
+    check_weight_only(bits, 20, 26, 64, 2, seed=0, asymmetric=True, act="silu_mul", norm=True)
 
 
 def test_words_hold_every_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,4 +179,7 @@ def test_words_hold_every_code(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shapes_of_models(rows: int, n: int, k: int) -> None:
     for seed, (asymmetric, act) in enumerate(itertools.product((False, True), (None, "silu_mul"))):
         check_w8a8(rows, n, k, seed=seed, static=False, asymmetric=asymmetric, act=act, norm=seed % 2 == 0)
-        check_w4a16(rows, n, k, k // 128, seed=seed, asymmetric=asymmetric, act=act, norm=seed % 2 == 0)
+        for bits, groups in ((4, k // 128), (8, 1)):
+            check_weight_only(
+                bits, rows, n, k, groups, seed=seed, asymmetric=asymmetric, act=act, norm=seed % 2 == 0
+            )

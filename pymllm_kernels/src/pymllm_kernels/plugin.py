@@ -87,6 +87,11 @@ def _triton_kernels() -> list[KernelSpec]:
                 ),
             ),
             (
+                "w8a16_linear",
+                "w8a16:TritonW8A16",
+                _triton(group_size=ShapeRule(multiple_of=16), g_idx=ShapeRule(one_of=(0,))),
+            ),
+            (
                 "attention_prep",
                 "attention_prep:TritonAttentionPrep",
                 _triton(head_dim=ShapeRule(multiple_of=2)),

@@ -5,22 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pymllm_core.protocols.kernel import Norm
 from pymllm_kernels.triton.launch import ceil_div, gpu, power_of_2
 from pymllm_kernels.triton.linear import unit_stride
 from pymllm_kernels.triton.linear_plan import MAX_FEW_ROWS, Blocks
-from pymllm_kernels.triton.norm import rms_norm, silu_mul
 from pymllm_kernels.triton.w4a16_kernels import (
     w4a16_dequantize_kernel,
     w4a16_few_rows_kernel,
     w4a16_matvec_kernel,
 )
+from pymllm_kernels.triton.widened import many_rows
 
-WIDENED = 1 << 25
-"""Weights that are widened at a time for cuBLAS: 64 MiB."""
 PACKED = 1 << 24
 """Codes that are repacked at a time, for which int32 intermediates are made."""
 
@@ -92,7 +89,16 @@ class TritonW4A16:
         rows, columns = x.shape
         n, dtype, sms = packed.out_features, out_dtype or x.dtype, gpu(x.device).sms
         if rows > MAX_FEW_ROWS:
-            return many_rows(x, packed, norm, residual, dtype)
+            return many_rows(
+                x,
+                lambda first, count: widen(packed, first, count, x.dtype),
+                packed.words.shape[0],
+                packed.bias,
+                norm,
+                residual,
+                dtype,
+                gated=packed.gated,
+            )
         out = torch.empty((rows, n), dtype=dtype, device=x.device)
         if rows == 1:
             matvec(x, packed, norm, residual, out, matvec_blocks(n, columns, sms, gated=packed.gated))
@@ -209,21 +215,3 @@ def widen(packed: Int4Weight, first: int, rows: int, dtype: torch.dtype) -> Tens
         num_warps=4,
     )
     return wide
-
-
-def many_rows(
-    x: Tensor, packed: Int4Weight, norm: Norm | None, residual: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Norm, widened weights times x by cuBLAS, WIDENED at a time, activation."""
-    if norm is not None:
-        x = rms_norm(unit_stride(x), *norm)
-    total = packed.words.shape[0]
-    step = max(WIDENED // packed.columns, 1)
-    blocks = []
-    for first in range(0, total, step):
-        rows = min(step, total - first)
-        bias = None if packed.bias is None else packed.bias[first : first + rows]
-        blocks.append(F.linear(x, widen(packed, first, rows, x.dtype), bias))
-    y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-    y = silu_mul(y, dtype) if packed.gated else y.to(dtype)
-    return y if residual is None else y + residual

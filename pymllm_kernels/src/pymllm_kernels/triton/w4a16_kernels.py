@@ -329,7 +329,7 @@ def w4a16_few_rows_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "N"])
 def w4a16_dequantize_kernel(
     weight,
     scale,
