@@ -1,7 +1,7 @@
 """Compiles every CUDA source for GPUs that need not be there, and writes down what it takes.
 
-    python benchmarks/cuda_resources.py [--capabilities 8.0,8.7,8.9,9.0] [--rows rows.jsonl]
-                                        [--write docs/reference/cuda-kernels.md]
+    python benchmarks/cuda_resources.py [--capabilities 8.0,8.7,8.9,9.0 | --tiles 8.7:64x128x128-32x64-3 ...]
+                                        [--rows rows.jsonl] [--write docs/reference/cuda-kernels.md]
 
 Prints a Markdown table of what ptxas says of each kernel: registers a thread, bytes of shared memory a block,
 bytes spilled. Ends with an error where one spills or asks for more than its device has. Compiles through the
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pymllm_kernels.cutlass.library import recipe
-from pymllm_kernels.cutlass.tiles import Capability, Tile, tiles_for
+from pymllm_kernels.cutlass.tiles import Capability, Tile, tile_named, tiles_for
 from pymllm_kernels.cutlass.toolchain import cutlass_version, find_cutlass, find_nvcc
 from pymllm_kernels.jit import build_library, compiler_version
 from pymllm_kernels.parallel import build_all
@@ -96,14 +96,24 @@ spilled bytes are of a thread, shared memory in bytes of a block, which may have
 """
 
 
+def capability_of(text: str) -> Capability:
+    return int(text[0]), int(text[2])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--capabilities", default="8.0,8.7,8.9,9.0")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--capabilities", default="8.0,8.7,8.9,9.0")
+    source.add_argument("--tiles", nargs="+", metavar="X.Y:NAME", help="single tiles, each with its device")
     parser.add_argument("--rows", type=Path, help="JSONL to write")
     parser.add_argument("--write", type=Path, help="Markdown to write")
     arguments = parser.parse_args()
-    wanted: list[Capability] = [(int(text[0]), int(text[2])) for text in arguments.capabilities.split(",")]
-    pairs = [(tile, capability) for capability in wanted for tile, _ in tiles_for(capability)]
+    if arguments.tiles:
+        named = [(text.partition(":")[2], capability_of(text)) for text in arguments.tiles]
+        pairs = [(tile_named(name, capability), capability) for name, capability in named]
+    else:
+        wanted = map(capability_of, arguments.capabilities.split(","))
+        pairs = [(tile, capability) for capability in wanted for tile, _ in tiles_for(capability)]
     build_all([recipe(tile, torch.bfloat16, capability) for tile, capability in pairs])
     rows = [resources(tile, capability) for tile, capability in pairs]
     text = HEAD + "\n".join(map(line, rows)) + "\n"

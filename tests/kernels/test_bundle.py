@@ -17,7 +17,7 @@ from pymllm_core.errors import ConfigError
 from pymllm_kernels import bundle, catalogue, commands, parallel
 from pymllm_kernels.bundle import BUNDLE_ENV, prebuilt_library, write_bundle
 from pymllm_kernels.cpu_library import default_compiler
-from pymllm_kernels.jit import build_library, find_library
+from pymllm_kernels.jit import build_library, find_library, load_library
 from pymllm_kernels.recipe import CACHE_ENV, KernelBuildError, Recipe, Toolchain, cache_root
 
 pytestmark = pytest.mark.skipif(
@@ -96,6 +96,19 @@ def test_damaged_bundle_is_named(
     with pytest.raises(KernelBuildError, match=rf"libone\.so.*is {word}; copy the bundle again"):
         build_library(recipe(sources, "one", compiler=False))
     assert catalogue.state_of(recipe(sources, "one", compiler=False)).word == "broken"
+
+
+def test_bundled_library_that_does_not_load_says_so(
+    sources: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = packed / "text"
+    file.write_text("no library")
+    write_bundle(packed, [(recipe(sources, "one"), file)])
+    monkeypatch.setenv(BUNDLE_ENV, str(packed))
+    with pytest.raises(
+        KernelBuildError, match=r"does not load \(.*cannot be compiled anew: no CUDA compiler"
+    ):
+        load_library(recipe(sources, "one", compiler=False))
 
 
 def test_wrong_bundle_folder_is_an_error(

@@ -79,7 +79,13 @@ def load_library(recipe: Recipe) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         logger.warning("kernels %s do not load (%s); compiling them anew", path, error)
-    path = build_library(recipe, anew=True)
+        why = error
+    try:
+        path = build_library(recipe, anew=True)
+    except KernelBuildError as error:
+        raise KernelBuildError(
+            f"{path} does not load ({why}), and it cannot be compiled anew: {error}"
+        ) from why
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

@@ -15,6 +15,8 @@ from pymllm_kernels.recipe import KernelBuildError, Toolchain, digest_of
 CUTLASS_ENV = "CUTLASS_HOME"
 _PROBE = "cutlass/cutlass.h"
 _VERSION = "cutlass/version.h"
+SYSTEM_CUDA = Path("/usr/local/cuda")
+SYSTEM_INCLUDES = (Path("/usr/local/include"), Path("/usr/include"), SYSTEM_CUDA / "include")
 _MIN_CUTLASS = (3, 5)
 """Epilogue visitor trees with per-row and per-column numbers for both generations."""
 
@@ -33,7 +35,7 @@ def nvcc_candidates() -> Iterator[Path]:
         yield Path(home) / "bin" / "nvcc"
     if found := shutil.which("nvcc"):
         yield Path(found)
-    yield Path("/usr/local/cuda/bin/nvcc")
+    yield SYSTEM_CUDA / "bin" / "nvcc"
     for folder in dict.fromkeys([*site.getsitepackages(), site.getusersitepackages()]):
         # pip install nvidia-cuda-nvcc: nvidia/cu13/bin
         yield from sorted(Path(folder).glob("nvidia/cu*/bin/nvcc"), reverse=True)
@@ -53,17 +55,25 @@ def find_nvcc() -> Path:
     )
 
 
+def package_folder(name: str) -> Path | None:
+    """The folder of an installed package, which is not imported; None where it is not installed."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    locations = spec.submodule_search_locations if spec else None
+    return Path(next(iter(locations))) if locations else None
+
+
 def cutlass_candidates() -> Iterator[Path]:
-    """Folders with headers in the order in which they are searched."""
+    """Folders with headers in the order in which they are searched; the last wheel is nvidia-cutlass."""
     if home := os.environ.get(CUTLASS_ENV):
         yield Path(home) / "include"
-    try:
-        spec = importlib.util.find_spec("flashinfer")  # does not import it
-    except (ImportError, ValueError):
-        spec = None
-    for location in (spec and spec.submodule_search_locations) or ():
-        yield Path(location) / "data" / "cutlass" / "include"
-    yield from map(Path, ("/usr/local/include", "/usr/include", "/usr/local/cuda/include"))
+    if folder := package_folder("flashinfer"):
+        yield folder / "data" / "cutlass" / "include"
+    if folder := package_folder("cutlass_library"):
+        yield folder / "source" / "include"
+    yield from SYSTEM_INCLUDES
 
 
 def find_cutlass() -> Path:
