@@ -1,11 +1,11 @@
-"""Times the CPU kernels against torch, oneDNN and plain reading; prints one JSON object a line.
+"""Times the CPU kernels against torch's operators and plain reading; prints one JSON object a line.
 
-Weights are rotated through more than 64 MB, so that every call reads them from memory as a
+Weights are rotated through more than 200 MB, so that every call reads them from memory as a
 model's decode step does. Each figure is the best of several rounds in which all candidates take
 turns: the machine may be shared, and the best time is the one least disturbed. The candidate
 "read only" reads as many bytes and does nothing else: the limit of the machine at that moment.
 
-    python benchmarks/cpu_kernels.py [--threads 2] [--rows 1,8,512] [--rounds 7]
+    python benchmarks/cpu_kernels.py [--threads 2] [--rows 1,8,512] [--rounds 7] [--only w4a16]
 
 Fields: op, candidate, shape, rows, threads, us, gflops, gbps (weight or cache bytes read), and
 share: of the stated machine limits, whichever of the two is the closer one.
@@ -27,13 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pymllm_core.builtin.cpu_int4 import Int4PackLinear
+from pymllm_core.builtin.cpu_int8 import Int8PackLinear, OneDnnInt8Linear
 from pymllm_core.nn.memory import zeros_on_demand
+from pymllm_core.protocols.kernel import LinearKernel
 from pymllm_kernels.cpu import CpuLinear, paged_attention, qk_norm_rope_write
 from pymllm_kernels.cpu_library import default_compiler, openmp_link_flags
+from pymllm_kernels.cpu_nodes import W4A16Node, W8A8Node, W8A16Node
 from pymllm_kernels.jit import load_library
 from pymllm_kernels.recipe import Recipe, Toolchain
 
-ROTATED_BYTES = 96 << 20
+ROTATED_BYTES = 200 << 20
 # Qwen3-0.6B: name, N, K
 SHAPES = [
     ("qkv", 4096, 1024),
@@ -106,7 +110,8 @@ def best_seconds(candidates: dict[str, Callable[[int], object]], rounds: int) ->
 def report(row: dict[str, object], seconds: float, flops: float, read: float) -> None:
     """Print one line."""
     gflops, gbps = flops / seconds / 1e9, read / seconds / 1e9
-    share = max(gflops / (LIMITS.gflops * LIMITS.threads), gbps / LIMITS.gbps)
+    limit = LIMITS.gflops * LIMITS.threads * (2 if str(row["op"]).startswith("w8a8") else 1)
+    share = max(gflops / limit, gbps / LIMITS.gbps)
     row |= {
         "threads": LIMITS.threads,
         "us": round(seconds * 1e6, 1),
@@ -154,6 +159,60 @@ def bench_linear(name: str, n: int, k: int, row_counts: list[int], rounds: int) 
             row = {"op": f"linear {name}", "candidate": candidate, "shape": [n, k], "rows": rows}
             flops = 0.0 if candidate == "read only" else 2.0 * rows * n * k
             report(row, seconds, flops, 2.0 * n * k)
+
+
+def w4a16_tensors(n: int, k: int) -> dict[str, Tensor]:
+    """Groups of 128."""
+    return {
+        "weight": torch.randint(0, 256, (n, k // 2), dtype=torch.uint8),
+        "scale": torch.rand(n, k // 128).to(torch.bfloat16),
+    }
+
+
+def w8a16_tensors(n: int, k: int) -> dict[str, Tensor]:
+    """One scale a row."""
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    return {"weight": weight, "scale": torch.rand(n, 1).to(torch.bfloat16)}
+
+
+def w8a8_tensors(n: int, k: int) -> dict[str, Tensor]:
+    """Dynamic symmetric activations."""
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    return {"weight": weight, "weight_scale": torch.rand(n)}
+
+
+# Operation: bits of a weight with its scales, tensors, our kernel, torch's operator.
+QUANTISED: dict[str, tuple[float, Callable[[int, int], dict[str, Tensor]], LinearKernel, LinearKernel]] = {
+    "w4a16": (4 + 16 / 128, w4a16_tensors, W4A16Node(), Int4PackLinear()),
+    "w8a16": (8, w8a16_tensors, W8A16Node(), Int8PackLinear()),
+    "w8a8": (8, w8a8_tensors, W8A8Node(), OneDnnInt8Linear()),
+}
+
+
+def bench_quantised(operation: str, name: str, n: int, k: int, row_counts: list[int], rounds: int) -> None:
+    """One weight shape and format: ours and torch's operator."""
+    bits, make, ours, theirs = QUANTISED[operation]
+    size = int(n * k * bits / 8)
+    copies = max(2, ROTATED_BYTES // size)
+    buffer = zeros_on_demand((copies * size,), torch.uint8)
+    buffer.fill_(1)
+    tensors = make(n, k)
+    packed = [[kernel.pack(dict(tensors), act=None) for _ in range(copies)] for kernel in (ours, theirs)]
+    for rows in row_counts:
+        x = torch.randn(rows, k).to(torch.bfloat16)
+        times = best_seconds(
+            {
+                "read only": lambda i: read_all()(
+                    buffer.data_ptr() + i % copies * size, size, LIMITS.threads
+                ),
+                "pymllm": lambda i, x=x: ours.apply(x, packed[0][i % copies]),
+                "torch": lambda i, x=x: theirs.apply(x, packed[1][i % copies]),
+            },
+            rounds,
+        )
+        for candidate, seconds in times.items():
+            row = {"op": f"{operation} {name}", "candidate": candidate, "shape": [n, k], "rows": rows}
+            report(row, seconds, 0.0 if candidate == "read only" else 2.0 * rows * n * k, float(size))
 
 
 def bench_attention(batch: int, queries: int, keys: int, rounds: int) -> None:
@@ -230,7 +289,7 @@ parser.add_argument("--threads", type=int, default=torch.get_num_threads())
 parser.add_argument("--rows", default="1,8,512", help="row counts of the linear layers")
 parser.add_argument("--only", default="", help="run only operations whose name contains this")
 parser.add_argument("--rounds", type=int, default=7)
-parser.add_argument("--gflops", type=float, default=411.0, help="bf16 limit of one core")
+parser.add_argument("--gflops", type=float, default=411.0, help="bf16 limit of one core; twice that for w8a8")
 parser.add_argument("--gbps", type=float, default=110.0, help="read bandwidth of the machine")
 LIMITS = parser.parse_args()
 
@@ -242,6 +301,10 @@ if __name__ == "__main__":
             if LIMITS.only in f"linear {shape_name}":
                 counts = [int(r) for r in LIMITS.rows.split(",")]
                 bench_linear(shape_name, columns, inner, counts, LIMITS.rounds)
+            for format_name in QUANTISED:
+                if LIMITS.only in f"{format_name} {shape_name}":
+                    counts = [int(r) for r in LIMITS.rows.split(",")]
+                    bench_quantised(format_name, shape_name, columns, inner, counts, LIMITS.rounds)
         if LIMITS.only in "attention":
             for sizes in [(1, 1, 512), (1, 1, 8192), (8, 1, 1024), (1, 512, 512), (1, 512, 4096)]:
                 bench_attention(*sizes, LIMITS.rounds)

@@ -27,7 +27,7 @@ def toy(folder: Path, dtype: str = "float32", **fields: object) -> Assembly:
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_decode_step_by_hand(tmp_path: Path, dtype: str, size: int, tied: bool) -> None:
-    cost = ModelCost(toy(tmp_path, dtype, tie_word_embeddings=tied))
+    cost = ModelCost.of(toy(tmp_path, dtype, tie_word_embeddings=tied))
     weights = size * (2 * LAYER + HEAD + NORMS)
     assert cost.weight_bytes == weights
     work = cost.decode(3, 100)
@@ -40,7 +40,7 @@ def test_a_decode_step_by_hand(tmp_path: Path, dtype: str, size: int, tied: bool
 
 
 def test_a_prefill_by_hand(tmp_path: Path) -> None:
-    work = ModelCost(toy(tmp_path)).prefill(2, 5)
+    work = ModelCost.of(toy(tmp_path)).prefill(2, 5)
     assert work.bytes == 4 * (2 * LAYER + HEAD + NORMS + 10 * 32 + 10 * KV_PER_TOKEN)
     pairs = 1 + 2 + 3 + 4 + 5  # each token attends to itself and those before it
     attention = 2 * 2 * 4 * pairs * 2 * (8 + 8)
@@ -49,8 +49,8 @@ def test_a_prefill_by_hand(tmp_path: Path) -> None:
 
 
 def test_biases_are_read_too(tmp_path: Path) -> None:
-    plain = ModelCost(toy(tmp_path / "plain")).weight_bytes
-    biased = ModelCost(toy(tmp_path / "biased", attention_bias=True)).weight_bytes
+    plain = ModelCost.of(toy(tmp_path / "plain")).weight_bytes
+    biased = ModelCost.of(toy(tmp_path / "biased", attention_bias=True)).weight_bytes
     assert biased - plain == 4 * 2 * (32 + 16 + 16 + 32)
 
 

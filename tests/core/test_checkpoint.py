@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pymllm_core.engine.checkpoint import Checkpoint, read_json
+from pymllm_core.engine.checkpoint import Checkpoint
+from pymllm_core.engine.headers import read_json
 from pymllm_core.errors import CheckpointError, ConfigError, ModelNotFoundError, PymllmError, SelectionError
 from pymllm_core.protocols.quant import WeightSlot
 from pymllm_core.testing.checkpoints import save, toy_model, write_toy

@@ -149,7 +149,7 @@ def test_plugins_is_quick_and_imports_no_torch() -> None:
         times.append(time.perf_counter() - start)
     lines = done.stdout.splitlines()
     assert lines[0].startswith("pymllm-core ")
-    assert "  commands: plugins, plan, doctor, generate, chat, bench, version" in lines
+    assert "  commands: plugins, plan, lint-checkpoint, doctor, generate, chat, bench, version" in lines
     assert lines[-1] == "False"
     # 0.2 s alone on the machine; the bound leaves room for what else runs there.
     assert min(times) < 0.5
@@ -160,6 +160,7 @@ def test_plugins_is_quick_and_imports_no_torch() -> None:
     [
         ["--help"],
         ["plan", "--help"],
+        ["lint-checkpoint", "--help"],
         ["generate", "--help"],
         ["version"],
         ["chat", "-h"],
@@ -178,7 +179,9 @@ def test_plugins_as_json() -> None:
     core = found["plugins"][0]
     assert core["distribution"] == "pymllm-core"
     names = [entry["name"] for entry in core["hooks"]["pymllm_commands"]]
-    assert names == ["plugins", "plan", "doctor", "generate", "chat", "bench", "version"]
+    assert names == [
+        *("plugins", "plan", "lint-checkpoint", "doctor", "generate", "chat", "bench", "version"),
+    ]
     assert found["contract"] == CONTRACT
 
 

@@ -215,6 +215,84 @@ def test_splits_depend_on_batch_and_table_alone() -> None:
     assert backend.splits(1, 64) == 1
 
 
+def prepare_and_attend(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    kv_lens: list[int],
+    *,
+    page: int = 16,
+    norm: bool = True,
+    dtype: torch.dtype = BF16,
+    seed: int = 0,
+    **blocks: int,
+) -> None:
+    """A pass of decodes whose new tokens are not in the cache yet, against both definitions in float64."""
+    count, scale, eps = len(kv_lens), dim**-0.5, 1e-6
+    backend = TritonAttention(AttentionConfig(heads, kv_heads, dim, page, scale, dtype, DEVICE))
+    ctx, slots = context([1] * count, kv_lens, count, page, backend, seed)
+    ctx.positions = ctx.kv_lens.long() - 1
+    rows = torch.arange(count, device=DEVICE)
+    ctx.slots = ctx.page_table[rows, ctx.positions // page].long() * page + ctx.positions % page
+    kv = LayerKV(*(randn(seed + i, slots, kv_heads, dim, dtype=dtype) for i in (1, 2)))
+    kv.k[ctx.slots], kv.v[ctx.slots] = NAN, NAN
+    qkv = randn(seed + 3, count, (heads + 2 * kv_heads) * dim, dtype=dtype, scale=2.0)
+    angles = randn(seed + 4, max(kv_lens), dim // 2, dtype=torch.float32)
+    table = torch.cat((angles.cos(), angles.sin()), dim=1)
+    q_weight, k_weight = (randn(seed + i, dim, dtype=dtype) if norm else None for i in (5, 6))
+    wide = LayerKV(kv.k.double(), kv.v.double())
+    weights = [None if w is None else w.double() for w in (q_weight, k_weight)]
+    q = ops.attention_prep(
+        qkv.double(), ctx.positions, table.to(dtype).double(), *weights, eps, ctx.slots, wide.k, wide.v
+    )
+    before = kv.k.clone(), kv.v.clone()
+    backend.plan(ctx)
+    for _ in range(2):
+        out = backend.prepare_and_attend(qkv, table, q_weight, k_weight, eps, kv, ctx, **blocks)
+        # Queries and keys are rounded four times, softmax weights and the result once each.
+        assert rel_error(out, expected(q, wide, ctx, scale)) < 6 * TINY[dtype]
+        assert rel_error(kv.k[ctx.slots], wide.k[ctx.slots]) < 4 * TINY[dtype]
+        assert torch.equal(kv.v[ctx.slots], qkv.view(count, -1, dim)[:, -kv_heads:])
+    untouched = torch.ones(slots, dtype=torch.bool, device=DEVICE)
+    untouched[ctx.slots] = False
+    assert torch.equal(kv.k[untouched], before[0][untouched])
+    assert torch.equal(kv.v[untouched], before[1][untouched])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (3, 1, 64), (2, 2, 32)])
+@pytest.mark.parametrize("kv_lens", [[1], [2], [65], [300], [1, 64, 65, 129, 190, 7]])
+def test_preparing_decodes(heads: int, kv_heads: int, dim: int, kv_lens: list[int]) -> None:
+    prepare_and_attend(heads, kv_heads, dim, kv_lens, seed=len(kv_lens) + dim)
+
+
+def test_preparing_decodes_otherwise() -> None:
+    prepare_and_attend(4, 2, 32, [140, 3], page=7, norm=False, dtype=F16)
+    prepare_and_attend(4, 2, 32, [140, 3], least=1, block=32, seed=3)
+    prepare_and_attend(4, 2, 32, [600], least=4, block=16, stages=1, seed=4)
+
+
+def test_preparing_padding_writes_nothing() -> None:
+    backend = TritonAttention(AttentionConfig(2, 1, 32, 16, 0.2, BF16, DEVICE))
+    ctx, slots = context([1, 1], [20, 1], 2, 16, backend, 0)
+    ctx.positions = torch.tensor([19, 0], device=DEVICE)
+    ctx.slots = torch.tensor([int(ctx.page_table[0, 1]) * 16 + 3, -1], device=DEVICE)
+    kv = LayerKV(*(randn(i, slots, 1, 32) for i in (1, 2)))
+    before = kv.k.clone()
+    backend.plan(ctx)
+    table = torch.ones(32, 32, device=DEVICE)
+    backend.prepare_and_attend(randn(3, 2, 128), table, None, None, 0.0, kv, ctx)
+    changed = (kv.k != before).any(-1).any(-1).nonzero().flatten().tolist()
+    assert changed == [int(ctx.slots[0])]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (32, 8, 128), (8, 4, 256), (14, 2, 64)])
+def test_preparing_decodes_in_shapes_of_models(heads: int, kv_heads: int, dim: int) -> None:
+    for seed in range(3):
+        prepare_and_attend(heads, kv_heads, dim, [4000], seed=seed)
+        prepare_and_attend(heads, kv_heads, dim, [1 + 37 * i for i in range(40)], seed=seed)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (32, 8, 128), (8, 4, 256), (14, 2, 64)])
 def test_shapes_of_models(heads: int, kv_heads: int, dim: int) -> None:

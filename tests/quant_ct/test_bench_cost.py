@@ -70,7 +70,7 @@ def test_a_decode_step_by_hand(
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = Settings.of(str(tmp_path), device="cpu", dtype="bfloat16", load_format="dummy")
     registry = registry_of("pymllm_qwen3.plugin", "pymllm_quant_ct.plugin")
-    work = ModelCost(assemble(settings, registry)).decode(4, 50)
+    work = ModelCost.of(assemble(settings, registry)).decode(4, 50)
     # The head is the embedding, in bfloat16; of the embedding itself each sequence reads one row.
     assert work.bytes == 2 * layer_bytes + NORMS + 2 * HEAD + 4 * 2 * 64 + 4 * 50 * KV
     attention = 4 * 2 * 2 * 50 * 2 * (32 + 32)  # sequences, layers, heads, tokens

@@ -238,3 +238,13 @@ def test_no_kernel_is_chosen_for_a_shape_that_it_does_not_claim(
     assert (
         choose(registry, KernelSpec, Want(gpu, dtype, shape), what="kernel", among=among).spec.name == "torch"
     )
+
+
+def test_the_scratch_buffer_of_the_engine_serves_outside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine makes it in inference mode; whoever calls a kernel elsewhere in the process writes into it, too."""
+    from pymllm_core.builtin import scratch
+
+    monkeypatch.setattr(scratch._Scratch, "buffer", torch.empty(0))
+    with torch.inference_mode():
+        scratch.take(2, 3, torch.bfloat16).zero_()
+    scratch.take(2, 3, torch.bfloat16).zero_()

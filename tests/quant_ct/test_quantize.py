@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,16 +34,13 @@ CASES = {
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def model(folder: Path, dtype: torch.dtype = torch.bfloat16, **fields: object) -> dict[str, Tensor]:
+def model(folder: Path, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> dict[str, Tensor]:
     """Write a tiny Qwen3 and return its tensors."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(**{**TINY, "tie_word_embeddings": True, **fields})
-    save(
-        randomise(Qwen3ForCausalLM(config), std=0.15, seed=3).to(dtype),
-        folder,
-        architectures=["Qwen3ForCausalLM"],
-    )
+    network: Any = randomise(Qwen3ForCausalLM(config), std=0.15, seed=3)
+    save(network.to(dtype), folder, architectures=["Qwen3ForCausalLM"])
     return load_file(folder / "model.safetensors")
 
 

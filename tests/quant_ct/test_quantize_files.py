@@ -1,9 +1,10 @@
-"""The folder that `pymllm quantize` writes: shards, copies, how it appears, what memory it takes; the command."""
+"""The folder that `pymllm quantize` writes: shards, copies, how it appears, and what memory it takes."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,13 @@ from typing import Any
 import pytest
 import torch
 from ct_files import loaded_weights
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_quantize import model
 
-from pymllm_core.cli import run
 from pymllm_core.engine.checkpoint import Checkpoint
 from pymllm_core.engine.status import Progress
 from pymllm_core.errors import CheckpointError, ConfigError
-from pymllm_core.specs import Needs
 from pymllm_core.testing.checkpoints import write_tokenizer
-from pymllm_core.testing.engines import registry_of
 from pymllm_quant_ct.quantize.run import quantise
 from pymllm_quant_ct.quantize.scheme import Request
 from pymllm_quant_ct.quantize.shards import Entry, ShardWriter
@@ -240,6 +237,23 @@ def test_a_broken_run_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model(tmp_path / "in")
+    quantise(tmp_path / "in", tmp_path / "out", W4)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ConfigError, match=r"out cannot be written: .*Permission denied"):
+        quantise(tmp_path / "in", tmp_path / "out", Request("W8A8"), overwrite=True)
+    assert "model.layers.0.mlp.up_proj.weight_packed" in load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
 def test_until_the_end_no_config_is_there(tmp_path: Path) -> None:
     """What a killed run leaves is under another name, and cannot be taken for a model."""
     model(tmp_path / "in")
@@ -297,10 +311,8 @@ def test_out_is_a_file(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pymllm_quant_ct.quantize import folder
-
     model(tmp_path / "in")
-    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(ConfigError, match=r"has 0.0 GB free, and the quantised model takes"):
         quantise(tmp_path / "in", tmp_path / "out", W4)
 
@@ -314,100 +326,3 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match=r"out cannot be written: .*No space left"):
         quantise(tmp_path / "in", tmp_path / "out", W4)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-# ---- command ----
-
-REGISTRY = ("pymllm_quant_ct.plugin", "pymllm_qwen3.plugin")
-
-
-def command(*arguments: str) -> int:
-    return run(["quantize", *arguments], registry_of(*REGISTRY))
-
-
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model(tmp_path / "in")
-    given = [str(tmp_path / "in"), str(tmp_path / "out"), "--scheme", "W4A16", "--group-size", "32"]
-    assert command(*given, "--asymmetric", "--observer", "mse", "--shard-size", "30kB") == 0
-    shown = capsys.readouterr()
-    assert not shown.err
-    assert shown.out.startswith("W4A16, groups of 32, with zero points, mse: ")
-    assert "14 quantised" in shown.out
-    assert "in 2 files" in shown.out
-    assert "in the mean of all linears" in shown.out
-    assert f"pymllm serve {tmp_path / 'out'}" in shown.out
-    args = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    stored = args["config_groups"]["group_0"]["weights"]
-    assert (stored["group_size"], stored["symmetric"], stored["observer"]) == (32, False, "mse")
-    assert command(*given) == 2
-    assert "--overwrite to replace it" in capsys.readouterr().err
-    assert command(*given, "--overwrite", "--ignore", "re:.*mlp", "--ignore", "lm_head", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["quantised"], len(found["left"]), found["ignore"]) == (8, 6, ["lm_head", "re:.*mlp"])
-    assert found["mean_error"] == pytest.approx(sum(found["errors"].values()) / 8)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (("--scheme", "W3A16"), 2, "'W3A16' is not one of"),
-        ((), 2, "Missing option '--scheme'"),
-        (("--scheme", "W4A16", "--group-size", "48"), 2, "'48' is not one of"),
-        (("--scheme", "W8A8", "--group-size", "64"), 2, "cannot be had with --scheme W8A8"),
-        (("--scheme", "W4A16", "--shard-size", "many"), 2, "'many' is no size such as 4GB"),
-        (("--scheme", "W4A16"), 2, "groups of 128 do not divide the 64 columns"),
-    ],
-)
-def test_command_refuses(
-    arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model(tmp_path / "in", intermediate_size=128)
-    assert command(str(tmp_path / "in"), str(tmp_path / "out"), *arguments) == code
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_command_with_an_unknown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("./nothing", str(tmp_path / "out"), "--scheme", "W8A8") == 1
-    assert "there is no model './nothing'" in capsys.readouterr().err
-
-
-def test_command_without_the_package(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from pymllm_core import cli
-
-    monkeypatch.setattr(cli, "_importable", lambda module: module != "compressed_tensors")
-    assert command("x", "y", "--scheme", "W8A8") == 1
-    assert "pip install 'pymllm-quant-ct[quantize]'" in capsys.readouterr().err
-
-
-def test_an_old_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.metadata
-
-    from pymllm_core.errors import PluginError
-
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.9.4")
-    with pytest.raises(
-        PluginError, match=r"needs compressed-tensors 0.19 or newer, found 0.9.4: pip install"
-    ):
-        Request("W8A8").scheme_of_package()
-
-
-def test_needs_of_the_command() -> None:
-    (found,) = (spec for spec in _commands() if spec.name == "quantize")
-    assert found.needs == Needs(modules={"compressed_tensors": "pymllm-quant-ct[quantize]"})
-
-
-def _commands() -> list[Any]:
-    from pymllm_core.specs import CommandSpec
-
-    return [found.spec for found in registry_of(*REGISTRY).all(CommandSpec)]
-
-
-def test_metadata_of_the_output(tmp_path: Path) -> None:
-    """Without it transformers refuses the file."""
-    model(tmp_path / "in")
-    quantise(tmp_path / "in", tmp_path / "out", W4)
-    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}

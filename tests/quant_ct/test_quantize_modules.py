@@ -91,7 +91,8 @@ def test_ignore(tmp_path: Path) -> None:
     ("shapes", "ignore", "group", "message"),
     [
         (DENSE, (f"{LAYER}.mlp.down_porj",), None, r"matches none of the 8 linears.*did you mean.*down_proj"),
-        (DENSE, ("re:self_attn",), None, r"re:self_attn matches none of the 8 linears.*from the start"),
+        (DENSE, ("k_proj",), None, r"k_proj matches none of the 8 linears; 1 end so: --ignore 're:\.\*k_proj\$'"),
+        (DENSE, ("re:self_attn",), None, r"re:self_attn matches none of the 8 linears.*from its start; the first is"),
         (DENSE, ("re:(",), None, r"is no regular expression"),
         (DENSE, ("Linear",), None, r"of its 8 linears 8 are ignored \(lm_head, Linear\)"),
         (DENSE, (f"{LAYER}.self_attn.k_proj",), None, rf"leaves out {LAYER}.self_attn.k_proj, but not .*q_proj"),

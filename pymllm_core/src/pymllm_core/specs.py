@@ -159,8 +159,12 @@ class ModelSpec(Spec):
 class QuantMethodSpec(Spec):
     """A quantisation format; `name` is ``quant_method`` of a config's ``quantization_config``.
 
-    Implementation: a factory as in `protocols.quant.QuantMethodFactory`.
+    Implementation: a factory as in `protocols.quant.QuantMethodFactory`. lint: ``"module:attribute"`` of a
+    `protocols.lint.QuantLint`, which ``pymllm lint-checkpoint`` asks for what is known to be trouble, also of
+    checkpoints whose config the method refuses or whose architecture nobody implements.
     """
+
+    lint: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

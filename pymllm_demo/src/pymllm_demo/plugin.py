@@ -1,4 +1,4 @@
-"""Registers the name ``demo`` as a model source; imports nothing heavy."""
+"""Registers the names of the demo models as a model source; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ CONTRACT = "1.0"
 
 @hookimpl
 def pymllm_model_sources() -> list[ModelSourceSpec]:
-    """One source: the folder inside this package."""
+    """One source: the folders inside this package."""
     return [
         ModelSourceSpec(
             name="demo",
             implementation="pymllm_demo.source:resolve",
             priority=40,
-            describes="demo, a tiny trained model",
+            describes="demo, a tiny trained model, and demo-w4a16 and demo-w8a8, the same quantised",
         )
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_FOLDERS = {"demo": "model"}
+_FOLDERS = {"demo": "model", "demo-w4a16": "model-w4a16", "demo-w8a8": "model-w8a8"}
 
 
 def resolve(name: str, options: object) -> Path | None:

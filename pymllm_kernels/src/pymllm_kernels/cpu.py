@@ -14,11 +14,13 @@ from pymllm_kernels.cpu_library import REQUIRED_CPU_FLAGS
 from pymllm_kernels.cpu_linear import CpuLinear
 from pymllm_kernels.cpu_tiles import PackedLinear
 from pymllm_kernels.cpu_w8a8 import CpuW8A8Linear
+from pymllm_kernels.cpu_weight_only import CpuWeightOnlyLinear
 
 __all__ = [
     "REQUIRED_CPU_FLAGS",
     "CpuLinear",
     "CpuW8A8Linear",
+    "CpuWeightOnlyLinear",
     "PackedLinear",
     "paged_attention",
     "qk_norm_rope_write",
@@ -48,6 +50,17 @@ def self_check() -> None:
     packed = w8a8.pack({"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(1.0)})
     expected = x.round().double() @ codes.double().T * scale.double()
     _compare("w8a8_linear", w8a8.apply(x, packed), expected)
+
+    scale = scale[:, None].bfloat16()
+    w8a16, w4a16 = CpuWeightOnlyLinear(8), CpuWeightOnlyLinear(4)
+    packed = w8a16.pack({"weight": codes, "scale": scale})
+    expected = x.double() @ (codes.double() * scale.double()).T
+    _compare("w8a16_linear", w8a16.apply(x, packed), expected)
+    # The low and the high half of a byte are two codes, offset by 8.
+    two = codes[:, :36].view(torch.uint8)
+    packed = w4a16.pack({"weight": two, "scale": scale})
+    halves = torch.stack((two & 15, two >> 4), -1).flatten(-2)[:, :70].double() - 8
+    _compare("w4a16_linear", w4a16.apply(x, packed), x.double() @ (halves * scale.double()).T)
 
     q, k, v = random(1, 2, 64), random(4, 1, 64), random(4, 1, 64)
     table, starts, lengths = (torch.tensor(values, dtype=torch.int32) for values in ([[1, 0]], [0, 1], [3]))

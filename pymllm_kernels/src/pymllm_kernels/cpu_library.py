@@ -48,6 +48,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "pymllm_linear_pack": [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int],
     "pymllm_linear": _LINEAR,
     "pymllm_w8a8_linear": _LINEAR,
+    "pymllm_weight_only_linear": _LINEAR,
     "pymllm_qk_norm_rope_write": [
         *[c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_float],
         *[c_void_p, c_void_p, c_void_p, c_void_p],

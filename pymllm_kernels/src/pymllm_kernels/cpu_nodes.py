@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Generic, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from pymllm_kernels.cpu_attention import paged_attention, qk_norm_rope_write
 from pymllm_kernels.cpu_linear import CpuLinear
 from pymllm_kernels.cpu_tiles import PackedLinear, TiledLinear
 from pymllm_kernels.cpu_w8a8 import CpuW8A8Linear
+from pymllm_kernels.cpu_weight_only import CpuWeightOnlyLinear
 
 KernelT = TypeVar("KernelT", bound=TiledLinear)
 
@@ -23,11 +25,11 @@ class _Node(Generic[KernelT]):
     """A linear as a whole node (`protocols.kernel.LinearKernel`)."""
 
     fuses = TiledLinear.fuses
-    _kind: type[KernelT]
+    _make: Callable[[], KernelT]
 
     @cached_property
     def _kernel(self) -> KernelT:
-        return self._kind()
+        return type(self)._make()
 
     def apply(
         self,
@@ -44,7 +46,7 @@ class _Node(Generic[KernelT]):
 class LinearNode(_Node[CpuLinear]):
     """The operation ``linear`` for bf16."""
 
-    _kind = CpuLinear
+    _make = CpuLinear
 
     def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedLinear:
         return self._kernel.pack(tensors["weight"], bias=tensors.get("bias"), act=act)
@@ -53,10 +55,27 @@ class LinearNode(_Node[CpuLinear]):
 class W8A8Node(_Node[CpuW8A8Linear]):
     """The operation ``w8a8_linear`` for bf16 activations."""
 
-    _kind = CpuW8A8Linear
+    _make = CpuW8A8Linear
 
     def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedLinear:
         return self._kernel.pack(tensors, act=act)
+
+
+class _WeightOnlyNode(_Node[CpuWeightOnlyLinear]):
+    def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedLinear:
+        return self._kernel.pack(tensors, act=act)
+
+
+class W4A16Node(_WeightOnlyNode):
+    """The operation ``w4a16_linear`` for bf16 activations."""
+
+    _make = partial(CpuWeightOnlyLinear, 4)
+
+
+class W8A16Node(_WeightOnlyNode):
+    """The operation ``w8a16_linear`` for bf16 activations."""
+
+    _make = partial(CpuWeightOnlyLinear, 8)
 
 
 class AttentionPrepNode:
@@ -96,6 +115,7 @@ class CpuAttention:
     """Paged attention for bf16 (`protocols.attention.AttentionBackend`)."""
 
     graph_safe = False  # no graphs on a CPU
+    prepares_decodes = False
 
     def __init__(self, config: AttentionConfig) -> None:
         self._page_size = config.page_size
@@ -113,4 +133,4 @@ class CpuAttention:
 def self_check() -> str:
     """Compile the kernels if need be and run two; what was done, for ``pymllm doctor``."""
     cpu.self_check()
-    return "a linear and an attention agree with float64 on the CPU"
+    return "linears of every format and an attention agree with float64 on the CPU"

@@ -18,7 +18,7 @@ TILE = 32  # output columns in a weight tile, kTileCols in csrc/cpu/linear.h
 _ACTS: dict[str | None, int] = {None: 0, "silu_mul": 1}
 
 # PackFormat in csrc/cpu/linear_pack.h
-PACK_BF16, PACK_INT8 = range(2)
+PACK_BF16, PACK_W8A8, PACK_INT4, PACK_INT8 = range(4)
 
 
 class TilesStruct(ctypes.Structure):
@@ -101,17 +101,18 @@ class PackedLinear:
     """A packed weight as `TiledLinear.apply` takes it.
 
     Attributes:
-        n_out: columns of the result. k: columns of x. nbytes: memory held.
-        address: of the C struct.
+        n_out: columns of the result. nbytes: memory held. address: of the C struct.
+        k: columns of x, of which up to `padding` may be missing: they are taken as zeros.
     """
 
-    __slots__ = ("_struct", "_tiles", "address", "k", "n_out", "nbytes")
+    __slots__ = ("_struct", "_tiles", "address", "k", "n_out", "nbytes", "padding")
 
-    def __init__(self, tiles: Tiles, struct: ctypes.Structure, k: int) -> None:
+    def __init__(self, tiles: Tiles, struct: ctypes.Structure, k: int, *, padding: int = 0) -> None:
         self._tiles = tiles
         self._struct = struct
         self.address = ctypes.addressof(struct)
         self.k = k
+        self.padding = padding
         self.n_out = tiles.n_out
         self.nbytes = tiles.nbytes
 
@@ -158,7 +159,7 @@ class TiledLinear:
         """
         rows, k = x.shape
         n_out = packed.n_out
-        if k != packed.k or x.dtype is not torch.bfloat16 or x.stride(1) != 1:
+        if not 0 <= packed.k - k <= packed.padding or x.dtype is not torch.bfloat16 or x.stride(1) != 1:
             raise ValueError(
                 f"x must be [M, {packed.k}] bf16 with a contiguous last dimension, got "
                 f"{tuple(x.shape)} {x.dtype} with strides {x.stride()}"
@@ -213,7 +214,7 @@ def check_cpu_matrix(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def pack_arguments(tensors: dict[str, Any], known: tuple[str, ...]) -> None:
+def check_names(tensors: dict[str, Any], known: tuple[str, ...]) -> None:
     """Raises ValueError where `tensors` holds what a kernel does not know, and would ignore."""
     if unknown := sorted(set(tensors) - set(known)):
         raise ValueError(f"tensors not known to this kernel: {', '.join(unknown)}; known: {', '.join(known)}")

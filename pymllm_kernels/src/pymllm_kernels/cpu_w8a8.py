@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from pymllm_kernels.cpu_tiles import (
-    PACK_INT8,
+    PACK_W8A8,
     PackedLinear,
     TiledLinear,
     Tiles,
     TilesStruct,
     check_cpu_matrix,
-    pack_arguments,
+    check_names,
 )
 
 MAX_K = 1 << 16
-"""Sums of 2^16 products of two codes are under 2^31."""
+"""Sums of 2^16 products of a weight, offset to 0 .. 255, and a code are under 2^31."""
 
 
 class _W8A8Struct(ctypes.Structure):
@@ -56,7 +56,7 @@ class CpuW8A8Linear(TiledLinear):
             ValueError: shape, type or activation not supported, or a tensor that is not known.
         """
         known = ("weight", "weight_scale", "weight_sum", "input_scale", "input_zero_point", "bias")
-        pack_arguments(tensors, known)
+        check_names(tensors, known)
         weight, scale, sums = tensors["weight"], tensors["weight_scale"], tensors.get("weight_sum")
         input_scale, zero_point = tensors.get("input_scale"), tensors.get("input_zero_point")
         check_cpu_matrix("weight", weight, torch.int8)
@@ -67,7 +67,7 @@ class CpuW8A8Linear(TiledLinear):
             raise ValueError(f"weight_scale and weight_sum must have shape ({n},), got {tuple(scale.shape)}")
         if zero_point is not None and (sums is None or input_scale is None):
             raise ValueError("input_zero_point needs input_scale and weight_sum")
-        tiles = Tiles(weight, PACK_INT8, bias=tensors.get("bias"), act=act)
+        tiles = Tiles(weight, PACK_W8A8, bias=tensors.get("bias"), act=act)
         struct = _W8A8Struct(
             tiles.struct,
             tiles.hold(tiles.by_tile(scale.float())),

@@ -26,6 +26,7 @@ class FlashInferAttention:
     """The `AttentionBackend` ``flashinfer``: decodes and prompts each by their own kernel."""
 
     graph_safe = True
+    prepares_decodes = False
 
     def __init__(self, config: AttentionConfig) -> None:
         self._config = config

@@ -52,6 +52,7 @@ def pymllm_kernels() -> list[KernelSpec]:
             needs=_cpu(K=ShapeRule(maximum=1 << 16)),
             priority=100,
         ),
+        *_weight_only(),
         KernelSpec(
             operation="attention_prep",
             name="cpu-avx512-bf16",
@@ -122,6 +123,24 @@ def _cutlass_kernels() -> list[KernelSpec]:
         for name, dtype, implementation in (
             ("cutlass", "bfloat16", "CutlassW8A8"),
             ("cutlass-float16", "float16", "CutlassW8A8Half"),
+        )
+    ]
+
+
+def _weight_only() -> list[KernelSpec]:
+    several, one = {"group_size": ShapeRule(multiple_of=8)}, {"groups": ShapeRule(one_of=(1,))}
+    return [
+        KernelSpec(
+            operation=operation,
+            name=name,
+            implementation=f"pymllm_kernels.cpu_nodes:{node}",
+            needs=_cpu(**groups),
+            priority=priority,
+        )
+        for operation, node in (("w4a16_linear", "W4A16Node"), ("w8a16_linear", "W8A16Node"))
+        for name, priority, groups in (
+            ("cpu-avx512-bf16", 100, several),
+            ("cpu-avx512-bf16-channel", 99, one),
         )
     ]
 

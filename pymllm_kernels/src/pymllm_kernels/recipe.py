@@ -47,7 +47,7 @@ class Recipe:
     flags: tuple[str, ...]
     toolchain: Callable[[], Toolchain]
     arch: str
-    seconds: int = 6
+    seconds: int = 8
     memory: int = 1 << 29
 
     def source_key(self) -> str:

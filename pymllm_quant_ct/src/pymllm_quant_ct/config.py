@@ -18,6 +18,8 @@ ROOT = "quantization_config"
 PACKED = "pack-quantized"
 PLAIN = ("int-quantized", "naive-quantized")
 FORMATS = (PACKED, *PLAIN)
+EXTRAS = ("kv_cache_scheme", "sparsity_config", "moe_sparsity_config", "transform_config")
+"""What a config may ask for beside its groups."""
 FUSED_TRANSFORMS = ("weight_input", "weight_output")
 
 
@@ -64,16 +66,14 @@ def refuse(field: str, found: object, wanted: str) -> NoReturn:
 
 def read_config(config: Mapping[str, Any]) -> Config:
     """The whole config. Raises CheckpointError naming the first field that is malformed or not supported."""
-    inner = config.get(ROOT)
-    if isinstance(inner, Mapping):  # transformers wraps it once more in some versions
-        config = {**config, **inner}
+    config = unwrap(config)
     status = config.get("quantization_status")
     if status not in (None, "compressed"):
         refuse("quantization_status", status, "only `compressed` checkpoints can be loaded")
     file_format = config.get("format")
     if file_format not in (None, "mixed-precision", *FORMATS):
         refuse("format", file_format, f"supported are {', '.join(FORMATS)} and mixed-precision")
-    _check_extras(config)
+    check_extras(config)
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"{ROOT}.config_groups is missing, empty or no object")
@@ -84,7 +84,13 @@ def read_config(config: Mapping[str, Any]) -> Config:
     )
 
 
-def _check_extras(config: Mapping[str, Any]) -> None:
+def unwrap(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config itself: some versions of transformers wrap it once more."""
+    inner = config.get(ROOT)
+    return {**config, **inner} if isinstance(inner, Mapping) else config
+
+
+def check_extras(config: Mapping[str, Any]) -> None:
     """Refuse what changes the meaning of weights beside the groups."""
     if config.get("kv_cache_scheme"):
         refuse("kv_cache_scheme", config["kv_cache_scheme"], "the KV cache is not quantised")

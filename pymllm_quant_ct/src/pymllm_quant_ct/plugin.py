@@ -11,7 +11,11 @@ CONTRACT = "1.0"
 @hookimpl
 def pymllm_quant_methods() -> list[QuantMethodSpec]:
     return [
-        QuantMethodSpec(name="compressed-tensors", implementation="pymllm_quant_ct.method:CompressedTensors")
+        QuantMethodSpec(
+            name="compressed-tensors",
+            implementation="pymllm_quant_ct.method:CompressedTensors",
+            lint="pymllm_quant_ct.lint:lint",
+        )
     ]
 
 

@@ -64,8 +64,8 @@ class Storage:
         rows, columns = part.out_features, self.layer.in_features
         if self._packed:
             shape = (rows, words(columns, self.weights.num_bits))
-            return WeightSlot(f"{part.name}.weight_packed", shape, torch.int32)
-        return WeightSlot(f"{part.name}.weight", (rows, columns), torch.int8)
+            return WeightSlot(f"{part.name}.weight_packed", shape, torch.int32, exact=True)
+        return WeightSlot(f"{part.name}.weight", (rows, columns), torch.int8, exact=True)
 
     def _shape(self, part: LinearPart) -> WeightSlot:
         return WeightSlot(f"{part.name}.weight_shape", (2,), torch.int64, optional=True)
@@ -106,7 +106,7 @@ class Storage:
                     f"tensor {part.name}.weight_shape holds {shape.tolist()}, "
                     f"expected {[part.out_features, columns]}"
                 )
-        fused = fuse([self._codes(part) for part in self.layer.parts], _exact(read), device)
+        fused = fuse([self._codes(part) for part in self.layer.parts], read, device)
         if bits == 4:
             return (fused if self._packed else pack(fused, bits)).view(torch.uint8)
         return unpack(fused, bits, columns) if self._packed else fused
@@ -151,15 +151,3 @@ class Storage:
             fused[start : start + part.out_features].copy_(tensor.reshape(shape))
             start += part.out_features
         return fused
-
-
-def _exact(read: Reader) -> Reader:
-    """`read` for codes, whose bits mean nothing in another type."""
-
-    def checked(slot: WeightSlot) -> Tensor | None:
-        tensor = read(slot)
-        if tensor is not None and tensor.dtype != slot.dtype:
-            raise CheckpointError(f"tensor {slot.name} is {tensor.dtype}, expected {slot.dtype}")
-        return tensor
-
-    return checked

@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pymllm_core.engine.build import Assembly
 from pymllm_core.nn import ops
+from pymllm_core.nn.builder import Builder
 from pymllm_core.nn.embedding import Embedding, QuantisedEmbedding
 from pymllm_core.nn.linear import Linear
 from pymllm_core.nn.split_linear import SplitLinear
+from pymllm_core.protocols.model import ModelShape
+
+if TYPE_CHECKING:
+    from pymllm_core.engine.build import Assembly
 
 INT8 = "int8"
 
@@ -35,18 +40,21 @@ class Work:
 
 
 class ModelCost:
-    """The counts of one model, as assembled; its weights need not be loaded."""
+    """The counts of one model as its builder made it; its weights need not be loaded.
 
-    def __init__(self, assembly: Assembly) -> None:
-        plan, self._shape = assembly.plan, assembly.shape
-        self._dtype = plan.dtype
-        self._kv_bytes = plan.memory.kv_bytes_per_token
+    dtype: the computation's. kv_bytes: keys and values of one token.
+    """
+
+    def __init__(self, builder: Builder, shape: ModelShape, dtype: str, kv_bytes: int) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._kv_bytes = kv_bytes
         self.weight_bytes = 0
         """Of all weights that every step reads once: everything but the embedding's rows."""
         self._embedding_row = 0.0
         self._products: Counter[str] = Counter()
         self._head: Counter[str] = Counter()
-        for node in assembly.builder.nodes:
+        for node in builder.nodes:
             size = (
                 node.resident_bytes
                 if isinstance(node, Linear)
@@ -60,8 +68,14 @@ class ModelCost:
             for linear in linears:
                 if isinstance(linear, Linear):
                     kind = INT8 if linear.scheme.operation == ops.W8A8_LINEAR else self._dtype
-                    into = self._head if node is assembly.builder.head else self._products
+                    into = self._head if node is builder.head else self._products
                     into[kind] += 2 * linear.layer.in_features * linear.layer.out_features
+
+    @classmethod
+    def of(cls, assembly: Assembly) -> ModelCost:
+        """The counts of an engine's model."""
+        plan = assembly.plan
+        return cls(assembly.builder, assembly.shape, plan.dtype, plan.memory.kv_bytes_per_token)
 
     def prefill(self, batch: int, length: int) -> Work:
         """`batch` prompts of `length` tokens in one step; the head computes the last row of each."""

@@ -124,7 +124,7 @@ class OneBatch:
             self.limits = device_limits(plan.device, plan.dtype, again=options.limits == "measure")
             begin += time.perf_counter() - start
             reset_peak(torch.device(plan.device.torch_name))
-        self.cost = ModelCost(assembly)
+        self.cost = ModelCost.of(assembly)
         self.engine: Engine = build_engine(assembly, progress=progress)
         self.load_seconds = time.perf_counter() - begin
         self._provenance = provenance(options.command)

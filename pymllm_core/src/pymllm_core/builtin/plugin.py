@@ -148,6 +148,7 @@ def pymllm_commands() -> list[CommandSpec]:
     helps = {
         "plugins": "what is installed and what failed",
         "plan": "what would serve a model, and why",
+        "lint-checkpoint": "check a checkpoint before it is loaded",
         "doctor": "check this machine",
         "generate": "answer one prompt",
         "chat": "talk to a model in the terminal",
@@ -155,6 +156,8 @@ def pymllm_commands() -> list[CommandSpec]:
         "version": "versions of everything",
     }
     return [
-        CommandSpec(name=name, implementation=f"pymllm_core.commands.{name}:command", help=text)
+        CommandSpec(
+            name=name, implementation=f"pymllm_core.commands.{name.replace('-', '_')}:command", help=text
+        )
         for name, text in helps.items()
     ]

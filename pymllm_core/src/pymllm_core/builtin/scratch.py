@@ -20,5 +20,7 @@ def take(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """A [rows, columns] tensor whose contents are garbage, valid until the next call: nodes run one by one."""
     count = rows * columns
     if _Scratch.buffer.dtype != dtype or _Scratch.buffer.numel() < count:
-        _Scratch.buffer = torch.empty(max(count, BLOCK), dtype=dtype)
+        # A tensor that is made in inference mode cannot be written to outside of it.
+        with torch.inference_mode(mode=False):
+            _Scratch.buffer = torch.empty(max(count, BLOCK), dtype=dtype)
     return _Scratch.buffer[:count].view(rows, columns)

@@ -14,6 +14,7 @@ class TorchAttention:
 
     # Which slots it gathers depends on the lengths, which the host looks at.
     graph_safe = False
+    prepares_decodes = False
 
     def __init__(self, config: AttentionConfig, *, batch_decodes: bool | None = None) -> None:
         self._config = config

@@ -110,6 +110,18 @@ def console(stream: TextIO | None = None) -> Console:
     )
 
 
+def new_table(*headers: str) -> Any:
+    """An empty table in the style of all commands."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in headers:
+        # Reasons wrap; names must stay whole to be copied.
+        table.add_column(header, overflow="fold")
+    return table
+
+
 @contextmanager
 def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
     """A bar on stderr that goes away at the end; None where nobody looks at it."""

@@ -11,6 +11,7 @@ from pymllm_core.commands.base import (
     console,
     human_bytes,
     json_option,
+    new_table,
     print_json,
     settings_of,
 )
@@ -65,7 +66,7 @@ def _choices(plan: Plan) -> list[tuple[str, Choice[Any] | None]]:
 
 
 def _render_choices(rows: list[tuple[str, Choice[Any] | None]], out: Console) -> None:
-    table = _table("For", "Chosen", "Why")
+    table = new_table("For", "Chosen", "Why")
     for what, choice in rows:
         if choice is None:
             table.add_row(what, "none", "")
@@ -74,7 +75,7 @@ def _render_choices(rows: list[tuple[str, Choice[Any] | None]], out: Console) ->
     out.print(table)
     if refused := _refused(rows):
         out.print()
-        table = _table("For", "Refused", "Because")
+        table = new_table("For", "Refused", "Because")
         for what, refusals in refused:
             for number, refusal in enumerate(refusals):
                 named = f"{refusal.name} ({refusal.distribution})"
@@ -102,7 +103,7 @@ def _refused(rows: list[tuple[str, Choice[Any] | None]]) -> list[tuple[str, tupl
 
 def _render_pairs(title: str, rows: list[tuple[str, str]], out: Console) -> None:
     out.print()
-    table = _table(title, "")
+    table = new_table(title, "")
     for name, value in rows:
         table.add_row(name, value)
     out.print(table)
@@ -136,14 +137,3 @@ def _limits(plan: Plan) -> list[tuple[str, str]]:
         ("prefill of one request a round", f"{limits.chunked_prefill_size} tokens"),
         ("KV pool", f"{limits.max_total_tokens} tokens"),
     ]
-
-
-def _table(*headers: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in headers:
-        # Reasons wrap; names must stay whole to be copied.
-        table.add_column(header, overflow="fold")
-    return table

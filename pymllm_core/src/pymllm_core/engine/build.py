@@ -15,16 +15,14 @@ from pymllm_core import plugins
 from pymllm_core.builtin.sources import resolve_model
 from pymllm_core.config import Settings
 from pymllm_core.device import describe_device
-from pymllm_core.engine.checkpoint import Checkpoint, read_json
+from pymllm_core.engine.checkpoint import Checkpoint
 from pymllm_core.engine.choices import (
-    Kernels,
-    architecture_of,
-    choose_context_length,
+    attention_want,
+    choose_attention,
     choose_kv_dtype,
     choose_parser,
-    choose_quantisation,
-    compute_dtype,
     graph_bytes,
+    kv_bytes_per_token,
     stored_tensors,
     torch_dtype,
     unused_settings,
@@ -32,7 +30,9 @@ from pymllm_core.engine.choices import (
 )
 from pymllm_core.engine.engine import Engine
 from pymllm_core.engine.graphs import graph_sizes
+from pymllm_core.engine.headers import read_json
 from pymllm_core.engine.loader import load_weights
+from pymllm_core.engine.model_graph import make_graph
 from pymllm_core.engine.processor import Processor, load_tokenizer
 from pymllm_core.engine.runner import Runner, RunnerConfig
 from pymllm_core.engine.scheduler import Scheduler, SchedulerLimits
@@ -45,12 +45,7 @@ from pymllm_core.protocols.attention import AttentionBackend, AttentionConfig
 from pymllm_core.protocols.model import Model, ModelShape
 from pymllm_core.protocols.source import SourceOptions
 from pymllm_core.select import choose
-from pymllm_core.specs import (
-    AttentionBackendSpec,
-    CachePolicySpec,
-    ModelSpec,
-    Want,
-)
+from pymllm_core.specs import CachePolicySpec, Want
 
 logger = logging.getLogger(__name__)
 
@@ -96,44 +91,12 @@ def assemble(
     )
     folder = resolve_model(server.model_path, registry, options)
     config = read_json(folder / "config.json")
-    dtype = compute_dtype(settings, config, device)
+    stored = None if server.load_format == "dummy" else stored_tensors(folder)
+    graph = make_graph(settings, registry, device, folder, config, stored)
+    dtype, shape, builder = graph.dtype, graph.shape, graph.builder
     want = Want(device, dtype)
-    architecture = architecture_of(config, folder)
-    model_choice = choose(
-        registry, ModelSpec, want, what="model architecture", explicit=architecture, asked_by="config.json"
-    )
-    model_class: type[Model] = model_choice.spec.load()
-    shape = model_class.shape(config)
-    context = choose_context_length(settings, shape)
-    quant_choice, quant = choose_quantisation(registry, want, settings, config)
-    kernels = Kernels(registry, device, dtype)
-    builder = Builder(
-        dtype=torch_dtype(dtype),
-        max_positions=context,
-        kernel=kernels,
-        quant=quant,
-        stored=None if quant is None or server.load_format == "dummy" else stored_tensors(folder),
-        int8_head=settings.quantization.lm_head == "int8",
-    )
-    model = model_class(config, builder)
     kv_dtype = choose_kv_dtype(settings, dtype)
-    page_size = server.radix_cache_page_size
-    attention = choose(
-        registry,
-        AttentionBackendSpec,
-        Want(
-            device,
-            dtype,
-            {
-                "head_dim": shape.head_dim,
-                "group": shape.num_heads // shape.num_kv_heads,
-                "page_size": page_size,
-                "same_kv_dtype": int(kv_dtype == dtype),
-            },
-        ),
-        what="attention backend",
-        explicit=server.attention_backend,
-    )
+    attention = choose_attention(registry, attention_want(device, settings, shape, dtype, kv_dtype), settings)
     cache = choose(
         registry,
         CachePolicySpec,
@@ -143,51 +106,50 @@ def assemble(
     )
     running = server.max_running_requests or _DEFAULT_RUNNING[device.type]
     prefill = server.max_prefill_tokens or _DEFAULT_PREFILL[device.type]
-    kv_itemsize = torch_dtype(kv_dtype).itemsize
     memory = divide_memory(
         available=device.available_memory,
         fraction=server.mem_fraction_static or _DEFAULT_FRACTION[device.type],
         weights=builder.weight_bytes,
         workspace=workspace_bytes(shape, running, prefill, torch_dtype(dtype).itemsize),
         graphs=graph_bytes(shape, running) if device.type == "cuda" and not server.disable_cuda_graph else 0,
-        kv_bytes_per_token=shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * kv_itemsize,
-        page_size=page_size,
+        kv_bytes_per_token=kv_bytes_per_token(shape, kv_dtype),
+        page_size=server.radix_cache_page_size,
         wanted_tokens=server.max_total_tokens,
-        useful_tokens=running * context,
+        useful_tokens=running * builder.max_positions,
     )
     plan = Plan(
         settings=settings,
         model_path=folder,
-        architecture=architecture,
+        architecture=graph.choice.spec.name,
         dtype=dtype,
         kv_dtype=kv_dtype,
         vocab_size=shape.vocab_size,
         device=device,
-        model=model_choice,
-        quant=quant_choice,
+        model=graph.choice,
+        quant=graph.quant,
         attention=attention,
         cache=cache,
-        kernels=kernels.choices,
+        kernels=graph.kernels.choices,
         parsers={
             "reasoning": choose_parser(
-                registry, want, "reasoning", server.reasoning_parser, model_choice.spec.reasoning_parser
+                registry, want, "reasoning", server.reasoning_parser, graph.choice.spec.reasoning_parser
             ),
             "tool_calls": choose_parser(
-                registry, want, "tool_calls", server.tool_call_parser, model_choice.spec.tool_call_parser
+                registry, want, "tool_calls", server.tool_call_parser, graph.choice.spec.tool_call_parser
             ),
         },
         memory=memory,
         limits=Limits(
-            context_length=context,
+            context_length=builder.max_positions,
             max_running_requests=running,
             max_queued_requests=server.max_queued_requests,
             max_prefill_tokens=prefill,
             chunked_prefill_size=min(server.chunked_prefill_size or prefill, prefill),
-            max_total_tokens=memory.num_pages * page_size,
+            max_total_tokens=memory.num_pages * memory.page_size,
         ),
         notes=tuple(unused_settings(settings, device, dtype)),
     )
-    return Assembly(plan, config, shape, builder, model)
+    return Assembly(plan, config, shape, builder, graph.model)
 
 
 def build_engine(
@@ -251,6 +213,7 @@ def build_engine(
                 device=device,
                 overlap=overlap,
                 graph_sizes=_graph_sizes(plan, attention),
+                graph_pieces=plan.device.type == "cuda" and not server.disable_cuda_graph,
             ),
             shape,
             assembly.model,

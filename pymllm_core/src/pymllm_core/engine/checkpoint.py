@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,31 +14,35 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pymllm_core.engine.headers import scan
 from pymllm_core.errors import CheckpointError
+from pymllm_core.protocols.lint import StoredTensor
 from pymllm_core.protocols.quant import WeightSlot
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError naming the file and what is wrong with it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; is {path.parent} a model folder?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+class Mismatches:
+    """Where a checkpoint's headers and a model's slots differ.
+
+    missing: slots that are not optional. shapes: slots whose tensor has another shape. unused: stored names
+    that no slot asks for.
+    """
+
+    missing: list[WeightSlot]
+    shapes: list[WeightSlot]
+    unused: list[str]
+
+
+def compare(
+    slots: Iterable[WeightSlot], stored: Mapping[str, tuple[int, ...]], ignored: Set[str]
+) -> Mismatches:
+    """What loading would refuse, by names and shapes."""
+    wanted = {slot.name: slot for slot in slots}
+    return Mismatches(
+        [slot for name, slot in wanted.items() if name not in stored and not slot.optional],
+        [slot for name, slot in wanted.items() if name in stored and stored[name] != slot.shape],
+        sorted(stored.keys() - wanted.keys() - ignored),
+    )
 
 
 class Checkpoint:
@@ -50,41 +53,10 @@ class Checkpoint:
         self._open: dict[Path, Any] = {}
         self._read: list[Tensor] = []
         self._mapped: dict[Path, bool] = {}
-        self._stored: dict[str, _Stored] = {}
-        for file in self._files():
-            handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                if name in self._stored:
-                    raise CheckpointError(
-                        f"tensor {name!r} is stored twice, in {self._stored[name].file.name} and {file.name}"
-                    )
-                found = handle.get_slice(name)
-                self._stored[name] = _Stored(file, tuple(found.get_shape()), found.get_dtype())
-
-    def _files(self) -> list[Path]:
-        folder = self.folder
-        if (folder / INDEX_NAME).is_file():
-            weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-            if not isinstance(weight_map, Mapping) or not weight_map:
-                raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map")
-            names = sorted({str(value) for value in weight_map.values()})
-            for name in names:
-                # A hostile index must not point outside the folder.
-                if Path(name).name != name or not name.endswith(".safetensors"):
-                    raise CheckpointError(
-                        f"{folder / INDEX_NAME} names {name!r}, which is no file of the folder"
-                    )
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {INDEX_NAME} names")
-            return [folder / name for name in names]
-        files = [folder / SINGLE_NAME] if (folder / SINGLE_NAME).is_file() else []
-        files = files or sorted(folder.glob("*.safetensors"))
-        if not files:
-            other = sorted(path.name for path in folder.glob("*.bin"))
-            hint = f" ({', '.join(other)} are pickles, which are never loaded; convert them)" if other else ""
-            raise CheckpointError(f"{folder} holds no .safetensors file{hint}")
-        return files
+        found = scan(folder)
+        if found.problems:
+            raise CheckpointError(found.problems[0].message)
+        self._stored: dict[str, StoredTensor] = found.tensors
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
@@ -112,22 +84,20 @@ class Checkpoint:
 
         Raises CheckpointError that names every missing, mis-shaped and unused tensor (the first ten each).
         """
-        wanted = {slot.name: slot for slot in slots}
-        missing = [n for n, slot in wanted.items() if n not in self._stored and not slot.optional]
+        found = compare(slots, self.shapes, ignored)
+        missing = [slot.name for slot in found.missing]
         shapes = [
-            f"{name} is {list(self._stored[name].shape)}, expected {list(slot.shape)}"
-            for name, slot in wanted.items()
-            if name in self._stored and self._stored[name].shape != slot.shape
+            f"{slot.name} is {list(self._stored[slot.name].shape)}, expected {list(slot.shape)}"
+            for slot in found.shapes
         ]
-        unused = sorted(self._stored.keys() - wanted.keys() - ignored)
         problems = [
-            f"{title}: {_some(found)}"
-            for title, found in (
+            f"{title}: {_some(names)}"
+            for title, names in (
                 ("missing", missing),
                 ("wrong shape", shapes),
-                ("not used by the model", unused),
+                ("not used by the model", found.unused),
             )
-            if found
+            if names
         ]
         if problems:
             raise CheckpointError(f"{self.folder} does not fit its config.json. " + ". ".join(problems))
@@ -137,7 +107,7 @@ class Checkpoint:
         if slot.name not in self._stored:
             return None
         tensor = self._tensor(slot.name)
-        if tensor.is_floating_point() != slot.dtype.is_floating_point:
+        if not slot.accepts(tensor.dtype):
             raise CheckpointError(
                 f"tensor {slot.name!r} of {self._stored[slot.name].file} is {tensor.dtype}, expected {slot.dtype}; "
                 "is it quantised by a method that config.json does not name?"

@@ -10,14 +10,14 @@ import torch
 
 from pymllm_core.config import Settings
 from pymllm_core.device import DeviceInfo
-from pymllm_core.engine.checkpoint import Checkpoint
 from pymllm_core.engine.graphs import graph_sizes
+from pymllm_core.engine.headers import scan
 from pymllm_core.errors import CheckpointError, ConfigError
 from pymllm_core.plugins import Registry
 from pymllm_core.protocols.model import ModelShape
 from pymllm_core.protocols.quant import QuantMethod, Stored
 from pymllm_core.select import Choice, choose
-from pymllm_core.specs import KernelSpec, OutputParserSpec, QuantMethodSpec, Want
+from pymllm_core.specs import AttentionBackendSpec, KernelSpec, OutputParserSpec, QuantMethodSpec, Want
 
 # CPU features that make bf16 products at least as fast as float32 ones.
 _CPU_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -33,7 +33,8 @@ class Kernels:
         self._dtype = dtype
         self._instances: dict[str, Any] = {}
 
-    def __call__(self, operation: str, shape: Mapping[str, int]) -> Any:
+    def choose(self, operation: str, shape: Mapping[str, int]) -> Choice[KernelSpec]:
+        """The choice for an operation and its dimensions. Raises SelectionError where no kernel fits."""
         label = " ".join([operation, *(f"{name}={value}" for name, value in shape.items())])
         if label not in self.choices:
             among = [r for r in self._registry.all(KernelSpec) if r.spec.operation == operation]
@@ -41,7 +42,10 @@ class Kernels:
             self.choices[label] = choose(
                 self._registry, KernelSpec, want, what=f"kernel for {label}", among=among
             )
-        spec = self.choices[label].spec
+        return self.choices[label]
+
+    def __call__(self, operation: str, shape: Mapping[str, int]) -> Any:
+        spec = self.choose(operation, shape).spec
         if spec.key not in self._instances:
             self._instances[spec.key] = spec.load()()
         return self._instances[spec.key]
@@ -128,14 +132,38 @@ def choose_quantisation(
 
 def stored_tensors(folder: Path) -> Stored | None:
     """What the folder's weight files hold, from their headers; None where they are not (all) there yet."""
-    try:
-        checkpoint = Checkpoint(folder)
-    except CheckpointError:
-        # A plan can be made without weights; loading will say what is wrong with the files.
-        return None
-    shapes = checkpoint.shapes
-    checkpoint.close()
-    return shapes
+    found = scan(folder)
+    # A plan can be made without weights; loading will say what is wrong with the files.
+    return None if found.problems else {name: tensor.shape for name, tensor in found.tensors.items()}
+
+
+def attention_want(
+    device: DeviceInfo, settings: Settings, shape: ModelShape, dtype: str, kv_dtype: str
+) -> Want:
+    """The situation that an attention backend is chosen for."""
+    situation = {
+        "head_dim": shape.head_dim,
+        "group": shape.num_heads // shape.num_kv_heads,
+        "page_size": settings.server.radix_cache_page_size,
+        "same_kv_dtype": int(kv_dtype == dtype),
+    }
+    return Want(device, dtype, situation)
+
+
+def choose_attention(registry: Registry, want: Want, settings: Settings) -> Choice[AttentionBackendSpec]:
+    """The attention backend. Raises SelectionError where none fits the model, the device and the cache."""
+    return choose(
+        registry,
+        AttentionBackendSpec,
+        want,
+        what="attention backend",
+        explicit=settings.server.attention_backend,
+    )
+
+
+def kv_bytes_per_token(shape: ModelShape, kv_dtype: str) -> int:
+    """K and V of all layers."""
+    return shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * torch_dtype(kv_dtype).itemsize
 
 
 def choose_parser(

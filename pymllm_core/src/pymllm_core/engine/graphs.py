@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pymllm_core.engine.batch import Chunk
 from pymllm_core.engine.inputs import PageTables
+from pymllm_core.engine.pieces import borrow
 from pymllm_core.engine.sampler import Group, draw
 from pymllm_core.protocols.attention import AttentionBackend, ForwardContext, LayerKV
 from pymllm_core.protocols.model import Model
@@ -126,7 +127,7 @@ class DecodeGraphs:
                     draw_step = partial(self._draw_step, candidates, logits)
                     self._draw_replays[candidates, size], _ = self._capture(draw_step)
             # Only now: what samples from the logits must not have its intermediate results in their memory.
-            self._logits[size] = _borrow(logits) if logits.is_cuda else logits
+            self._logits[size] = borrow(logits) if logits.is_cuda else logits
         progress(len(self.sizes), len(self.sizes))
 
     def run(self, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> tuple[Tensor, Tensor]:
@@ -267,26 +268,3 @@ class _CudaCapture:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = step()
         return graph.replay, result
-
-
-class _Borrowed:
-    """Device memory by address (https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html)."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        assert tensor.dtype == torch.float32
-        assert tensor.is_contiguous()
-        self.__cuda_array_interface__ = {
-            "shape": tuple(tensor.shape),
-            "typestr": "<f4",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-        }
-
-
-def _borrow(tensor: Tensor) -> Tensor:
-    """The same memory without owning it.
-
-    The logits of all sizes would take gigabytes side by side. Not being owned, the memory is used by the
-    graphs captured afterwards as well, and holds these logits until another graph is replayed.
-    """
-    return torch.as_tensor(_Borrowed(tensor), device=tensor.device)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymllm_core.config import ServerSettings
-from pymllm_core.engine.checkpoint import read_json
 from pymllm_core.engine.detokenizer import Detokenizer
+from pymllm_core.engine.headers import read_json
 from pymllm_core.errors import CheckpointError, RequestError
 from pymllm_core.plan import Plan
 from pymllm_core.protocols.parser import ReasoningParser, ToolCallParser

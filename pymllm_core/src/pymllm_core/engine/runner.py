@@ -18,6 +18,7 @@ from torch import Tensor
 from pymllm_core.engine.batch import Batch, Chunk
 from pymllm_core.engine.graphs import DecodeGraphs
 from pymllm_core.engine.inputs import PageTables, StepInputs
+from pymllm_core.engine.pieces import PieceGraphs
 from pymllm_core.engine.sampler import Sampler, SamplerOutput, uniform
 from pymllm_core.engine.sequence import Sequence
 from pymllm_core.nn.memory import zeros_on_demand
@@ -31,7 +32,8 @@ class RunnerConfig:
     """Sizes of the standing buffers. vocab_size: the tokens that may be sampled.
 
     overlap: a step may be launched before the last one is read, so that sampled tokens stay on the device.
-    graph_sizes: numbers of sequences for which decode steps are captured; none: no graphs.
+    graph_sizes: numbers of sequences for which decode steps are captured; none: no graphs. graph_pieces: whether
+    steps with prompts are captured piece by piece.
     """
 
     max_tokens: int
@@ -45,6 +47,7 @@ class RunnerConfig:
     device: torch.device
     overlap: bool
     graph_sizes: tuple[int, ...] = ()
+    graph_pieces: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,8 @@ class Runner:
         self._turn = 0
         self._pages = PageTables(config.max_rows, config.max_pages)
         self._graphs: DecodeGraphs | None = None
+        self._pieces: PieceGraphs | None = None
+        self._num_heads = shape.num_heads
         # What the last step sampled, and where among it each sequence's row finds its token.
         self._tokens = torch.zeros(0, dtype=torch.int64, device=config.device)
         self._where: dict[int, int] = {}
@@ -143,6 +148,8 @@ class Runner:
     def capture(self, progress: Callable[[int, int], None], **options: Any) -> None:
         """Capture decode steps of the configured sizes; options: see `DecodeGraphs`."""
         config = self.config
+        if config.graph_pieces:
+            self.capture_pieces()
         if not config.graph_sizes:
             return
         self._graphs = DecodeGraphs(
@@ -157,6 +164,20 @@ class Runner:
             **options,
         )
         self._graphs.prepare(progress)
+
+    def capture_pieces(self, **options: Any) -> None:
+        """Have steps with prompts captured piece by piece as they come; options: see `PieceGraphs`."""
+        config = self.config
+        self._pieces = PieceGraphs(
+            model=self._model,
+            attention=self._attention,
+            num_heads=self._num_heads,
+            spare_slot=config.num_pages * config.page_size,
+            max_tokens=config.max_tokens,
+            dtype=config.dtype,
+            device=config.device,
+            **options,
+        )
 
     def _cache(self, size: tuple[int, int, int]) -> Tensor:
         if self.config.device.type == "cpu":
@@ -185,23 +206,26 @@ class Runner:
                 output = self._sampler.sample(logits, sequences, indices)
                 output.tokens = tokens.copy_(output.tokens)
         else:
-            hidden = self._forward(batch, sampling)
-            if not sampling:
+            wanted = self._forward(batch, sampling)
+            if wanted is None:
                 return Launched([], None, self.config.device)
-            output = self._sampler.sample(self._model.logits(hidden), sequences, indices)
+            output = self._sampler.sample(wanted, sequences, indices)
         if self.config.overlap:
             self._tokens = output.tokens
             self._where = {sequence.row: index for index, sequence in enumerate(sequences)}
         return Launched(sequences, output, self.config.device)
 
-    def _forward(self, batch: Batch, sampling: list[int]) -> Tensor:
-        """Hidden states of the rows that are sampled, without a graph."""
+    def _forward(self, batch: Batch, sampling: list[int]) -> Tensor | None:
+        """Logits of the rows that are sampled, if any."""
         input_ids, ctx = self._prepare(batch.chunks, batch.num_decodes)
         if len(sampling) != len(input_ids):
             last = np.cumsum(ctx.query_lens)[sampling] - 1
             ctx.output_rows = torch.from_numpy(last).to(self.config.device)
         self._attention.plan(ctx)
-        return self._model.forward(input_ids, ctx)
+        if self._pieces is not None and (logits := self._pieces.run(input_ids, ctx)) is not None:
+            return logits
+        hidden = self._model.forward(input_ids, ctx)
+        return self._model.logits(hidden) if sampling else None
 
     def _prepare(self, chunks: tuple[Chunk, ...], num_decodes: int) -> tuple[Tensor, ForwardContext]:
         inputs = self._inputs[self._turn]

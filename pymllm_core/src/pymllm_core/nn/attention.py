@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 
 from pymllm_core.nn.norm import RMSNorm
 from pymllm_core.nn.ops import AttentionPrep
 from pymllm_core.nn.rope import Rotary
-from pymllm_core.protocols.attention import ForwardContext
+from pymllm_core.protocols.attention import ForwardContext, PreparingBackend
 
 
 class Attention:
@@ -31,17 +33,14 @@ class Attention:
 
     def __call__(self, qkv: Tensor, ctx: ForwardContext) -> Tensor:
         """qkv: [T, (num_heads + 2 num_kv_heads) head_dim]. Returns [T, num_heads head_dim]."""
-        kv = ctx.kv[self.layer]
+        kv, backend, tokens = ctx.kv[self.layer], ctx.attention, qkv.shape[0]
         q_norm, k_norm = self._q_norm, self._k_norm
-        q = self._prep(
-            qkv,
-            ctx.positions,
-            self._rotary.table,
-            None if q_norm is None else q_norm.weight,
-            None if k_norm is None else k_norm.weight,
-            0.0 if q_norm is None else q_norm.eps,
-            ctx.slots,
-            kv.k,
-            kv.v,
-        )
-        return ctx.attention.attend(q, kv, ctx).view(qkv.shape[0], -1)
+        q_weight = None if q_norm is None else q_norm.weight
+        k_weight = None if k_norm is None else k_norm.weight
+        eps = 0.0 if q_norm is None else q_norm.eps
+        table = self._rotary.table
+        if backend.prepares_decodes and ctx.num_decodes == tokens:
+            whole = cast(PreparingBackend, backend)
+            return whole.prepare_and_attend(qkv, table, q_weight, k_weight, eps, kv, ctx).view(tokens, -1)
+        q = self._prep(qkv, ctx.positions, table, q_weight, k_weight, eps, ctx.slots, kv.k, kv.v)
+        return backend.attend(q, kv, ctx).view(tokens, -1)

@@ -51,24 +51,24 @@ class Embedding:
 class QuantisedEmbedding:
     """Rows in the format of ``w4a16_linear`` or ``w8a16_linear``, dequantised as they are looked up."""
 
-    __slots__ = ("_scheme", "_tensors", "hidden_size", "name", "vocab_size")
+    __slots__ = ("_tensors", "hidden_size", "name", "scheme", "vocab_size")
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, scheme: LinearScheme) -> None:
         assert scheme.operation in (ops.W4A16_LINEAR, ops.W8A16_LINEAR), scheme.operation
         self.name, self.vocab_size, self.hidden_size = name, vocab_size, hidden_size
-        self._scheme = scheme
+        self.scheme = scheme
         self._tensors: dict[str, Tensor] = {}
 
     def slots(self) -> list[WeightSlot]:
-        return self._scheme.slots()
+        return self.scheme.slots()
 
     def load(self, read: Reader, device: torch.device) -> None:
-        self._tensors = self._scheme.load(read, device)
+        self._tensors = self.scheme.load(read, device)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         tensors = self._tensors
         codes = tensors["weight"][input_ids]
-        if self._scheme.operation == ops.W4A16_LINEAR:
+        if self.scheme.operation == ops.W4A16_LINEAR:
             codes = unpack_int4(codes, self.hidden_size)
         zero_point = tensors.get("zero_point")
         if zero_point is not None:

@@ -69,9 +69,12 @@ class AttentionBackend(Protocol):
     graph_safe: `attend` of a pass of decodes alone may be captured in a CUDA graph. It then reads nothing but
     the context's tensors, whose addresses and shapes stay while their contents change; `page_table` is as wide
     as the longest sequence may become. `plan` is called before the capture and before every replay.
+
+    prepares_decodes: it is a `PreparingBackend`, too.
     """
 
     graph_safe: bool
+    prepares_decodes: bool
 
     def __init__(self, config: AttentionConfig) -> None: ...
 
@@ -81,4 +84,21 @@ class AttentionBackend(Protocol):
 
     def attend(self, q: Tensor, kv: LayerKV, ctx: ForwardContext) -> Tensor:
         """Causal attention. q: [T, num_heads, head_dim]; the result has the same shape and dtype."""
+        ...
+
+
+class PreparingBackend(AttentionBackend, Protocol):
+    """A backend that takes a whole attention node at once, in passes of decodes alone."""
+
+    def prepare_and_attend(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        kv: LayerKV,
+        ctx: ForwardContext,
+    ) -> Tensor:
+        """The operation ``attention_prep`` (`nn.ops`) and `attend` at once: [T, num_heads, head_dim]."""
         ...

@@ -12,12 +12,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
-    """A tensor that the checkpoint must hold. optional: a missing one is not an error."""
+    """A tensor that the checkpoint must hold. optional: a missing one is not an error.
+
+    exact: the stored dtype must be `dtype` itself, as for packed codes, whose bits mean nothing in another.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     optional: bool = False
+    exact: bool = False
+
+    def accepts(self, dtype: torch.dtype) -> bool:
+        """Whether a tensor stored in `dtype` can fill this slot.
+
+        Floats of 16 bits and more become each other; those of 8 bits mean nothing without their scales.
+        """
+        if self.exact:
+            return dtype == self.dtype
+        if self.dtype.is_floating_point:
+            return dtype.is_floating_point and dtype.itemsize > 1
+        return not dtype.is_floating_point
 
     @property
     def num_bytes(self) -> int:

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
 from pymllm_kernels.triton.attention_kernels import decode_kernel, prefill_kernel
+from pymllm_kernels.triton.decode_kernels import prepare_and_decode_kernel
 from pymllm_kernels.triton.launch import ceil_div, gpu, power_of_2
 
 MAX_SPLITS = 32
 """The last program of a sequence merges its splits alone, which takes longer than it saves with more."""
+
+
+LEAST_BLOCKS = 2
+"""Blocks of the cache that a split has at least: merging costs as much as reading some."""
 
 
 class TritonAttention:
@@ -31,6 +36,8 @@ class TritonAttention:
 
     def __init__(self, config: AttentionConfig) -> None:
         self._config = config
+        # The halves of a head are operands of a product each.
+        self.prepares_decodes = config.head_dim in (32, 64, 128, 256)
         self._group = config.num_heads // config.num_kv_heads
         self._scale = config.scale * math.log2(math.e)
         self._gpu = gpu(config.device)
@@ -65,6 +72,63 @@ class TritonAttention:
             self.decode(q, kv, ctx, out)
         if ctx.num_decodes < len(ctx.query_lens):
             self.prefill(q, kv, ctx, out)
+        return out
+
+    def prepare_and_attend(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        kv: LayerKV,
+        ctx: ForwardContext,
+        *,
+        block: int | None = None,
+        least: int = LEAST_BLOCKS,
+        warps: int = 4,
+        stages: int = 2,
+    ) -> Tensor:
+        """`protocols.attention.PreparingBackend.prepare_and_attend`. The rest: for measuring."""
+        config = self._config
+        qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+        tokens = qkv.shape[0]
+        out = torch.empty((tokens, config.num_heads, config.head_dim), dtype=qkv.dtype, device=qkv.device)
+        prepare_and_decode_kernel[(self._splits, config.num_kv_heads, tokens)](
+            qkv,
+            ctx.positions,
+            cos_sin,
+            q_weight,
+            k_weight,
+            eps,
+            ctx.slots,
+            kv.k,
+            kv.v,
+            out,
+            ctx.page_table,
+            ctx.kv_lens,
+            self._partial,
+            self._stats,
+            self._counters,
+            self._scale,
+            qkv.stride(0),
+            kv.k.stride(0),
+            ctx.page_table.stride(0),
+            DIM=config.head_dim,
+            KV_HEADS=config.num_kv_heads,
+            GROUP=self._group,
+            BLOCK_G=max(power_of_2(self._group), 16),
+            PAGE=ctx.page_size,
+            BLOCK=block or self.block,
+            SPLITS=self._splits,
+            LEAST=least,
+            STAGES=stages,
+            Q_NORM=q_weight is not None,
+            K_NORM=k_weight is not None,
+            PDL=self._gpu.pdl,
+            num_warps=warps,
+            launch_pdl=self._gpu.pdl,
+        )
         return out
 
     def decode(

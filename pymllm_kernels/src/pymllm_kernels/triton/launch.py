@@ -21,11 +21,15 @@ _CPU_INTERPRETER_SMS = 4
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """sms: streaming multiprocessors. major: of the compute capability. pdl: whether PDL is used."""
+    """sms: streaming multiprocessors. major: of the compute capability. pdl: whether PDL is used.
+
+    shared: bytes of shared memory that a program may have.
+    """
 
     sms: int
     major: int
     pdl: bool
+    shared: int = 163 << 10
 
 
 _pretended: list[Gpu] = []
@@ -41,7 +45,13 @@ def _ask(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu(_CPU_INTERPRETER_SMS, major=8, pdl=False)
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.major, pdl=properties.major >= 9)
+    return Gpu(
+        properties.multi_processor_count,
+        properties.major,
+        pdl=properties.major >= 9,
+        # Older versions of torch do not say; 99 KB are what the smallest device here has (8.6, 8.9).
+        shared=getattr(properties, "shared_memory_per_block_optin", 99 << 10),
+    )
 
 
 @contextmanager

@@ -50,12 +50,13 @@ class TritonLinear:
         n, dtype = packed.out_features, out_dtype or x.dtype
         if rows > MAX_FEW_ROWS:
             return many_rows(x, packed, norm, residual, dtype)
-        sms = gpu(x.device).sms
+        device = gpu(x.device)
+        sms = device.sms
         out = torch.empty((rows, n), dtype=dtype, device=x.device)
         if rows == 1:
             matvec(x, packed, norm, residual, out, matvec_blocks(n, columns, sms, gated=packed.gated))
         elif rows:
-            blocks = few_rows_blocks(rows, n, columns, sms, gated=packed.gated)
+            blocks = few_rows_blocks(n, columns, sms, gated=packed.gated, shared=device.shared)
             few_rows(x, packed, norm, residual, out, blocks)
         return out
 

@@ -38,11 +38,17 @@ def matvec_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
     return Blocks(min(block_n, 16), block_k, warps=4, unroll=min(ceil_div(k, block_k), 4))
 
 
-def few_rows_blocks(m: int, n: int, k: int, sms: int, *, gated: bool) -> Blocks:
-    """For 2 to MAX_FEW_ROWS rows."""
+def few_rows_blocks(n: int, k: int, sms: int, *, gated: bool, shared: int) -> Blocks:
+    """For 2 to MAX_FEW_ROWS rows. shared: bytes of shared memory that a program may have."""
     matrices = 2 if gated else 1
-    block_n = 64 // matrices
-    while block_n > 16 and ceil_div(n, block_n) < 2 * sms:
-        block_n //= 2
-    block_k = min(256 if block_n * matrices <= 32 else 128, power_of_2(max(k, 16)))
-    return Blocks(block_n, block_k, warps=4 if block_n * matrices >= 32 else 2, stages=4)
+    # The largest blocks that give two of five multiprocessors a program: 64 KB in flight each read as fast as more
+    # programs with less. Few results take small blocks and deep pipelines.
+    block_n = next((size for size in (64, 32) if 5 * ceil_div(n, size) >= 2 * sms), 16)
+    if gated and ceil_div(n, block_n) < sms:
+        block_n = min(block_n, 32)
+    block_k = 64 if block_n * matrices > 64 else 256
+    block_k = min(block_k, power_of_2(max(k, 16)))
+    stages = 6 if block_n == 16 else 4
+    while stages > 2 and stages * (block_n * matrices + 16) * block_k * 2 > shared:
+        stages -= 1
+    return Blocks(block_n, block_k, warps=2 if block_n * matrices <= 16 else 4, stages=stages)

@@ -6,6 +6,7 @@ unless NAME says that it is an embedding.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from typing import Any
 
 from pymllm_core.engine.checkpoint import Checkpoint
 from pymllm_core.errors import CheckpointError, ConfigError
-from pymllm_core.suggest import suggestion
 from pymllm_quant_ct.config import read_config
 from pymllm_quant_ct.match import REGEX, Matcher
 
@@ -98,13 +98,18 @@ def _matching(pattern: str, linears: list[str]) -> list[str]:
 
 def _check_ignore(ignore: tuple[str, ...], linears: list[str]) -> None:
     for pattern in ignore:
-        if not _matching(pattern, linears) and pattern not in DEFAULT_IGNORE:
-            near = "" if pattern.startswith(REGEX) else suggestion(pattern, linears)
-            example = f", such as {linears[0]}" if linears else ""
-            raise ConfigError(
-                f"--ignore {pattern} matches none of the {len(linears)} linears{near or example}; give a "
-                "whole name, or re: and an expression that matches from the start of one"
-            )
+        if pattern in DEFAULT_IGNORE or _matching(pattern, linears):
+            continue
+        ends = [name for name in linears if name.endswith(f".{pattern}")]
+        near = difflib.get_close_matches(pattern, linears, n=1)
+        if ends:
+            hint = f"{len(ends)} end so: --ignore 're:.*{re.escape(pattern)}$'"
+        elif near and not pattern.startswith(REGEX):
+            hint = f"did you mean {near[0]}?"
+        else:
+            hint = "give a whole name, or re: and an expression that matches from its start"
+            hint += f"; the first is {linears[0]}" if linears else ""
+        raise ConfigError(f"--ignore {pattern} matches none of the {len(linears)} linears; {hint}")
 
 
 def _check_experts(shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -73,16 +73,16 @@ class Rounding:
     def block(self, weight: Tensor, dtype: str, error: Error) -> dict[str, Tensor]:
         """Stored tensors of some rows [R, K], by their last name; what was lost is added to `error`.
 
-        Computed in float32 with the scales as they are stored, so that a code is the nearest one to what a
-        reader makes of it. Raises ValueError where a weight is not finite.
+        Computed in float32 (bfloat16 quotients near 127 would be half a code off) with the scales as they are
+        stored, so that a code is the one whose weight, read back, is nearest. Raises ValueError where a
+        weight is not finite.
         """
         wide = weight.float()
         if not bool(wide.isfinite().all()):
             raise ValueError("holds values that are not finite")
         scale, zero_point = self._range(wide, _DTYPES[dtype])
-        state = {"weight": wide, "weight_scale": scale.float(), "weight_zero_point": zero_point}
+        state = {"weight": wide, "weight_scale": scale, "weight_zero_point": zero_point}
         stored: dict[str, Tensor] = self._compressor.compress(state, self.scheme)
-        stored["weight_scale"] = scale
         # What counts is what a reader gets back.
         back = self._compressor.decompress({**stored, "weight_scale": scale.float()}, self.scheme)["weight"]
         error.weights += float(wide.square().sum(dtype=torch.float64))

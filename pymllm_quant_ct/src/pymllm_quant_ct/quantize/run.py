@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pymllm_core.engine.checkpoint import Checkpoint, read_json
+from pymllm_core.engine.checkpoint import Checkpoint
+from pymllm_core.engine.headers import read_json
 from pymllm_core.engine.status import Progress, ProgressCallback
 from pymllm_core.errors import CheckpointError
 from pymllm_quant_ct.quantize.folder import appearing, check_out, copy_files

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from pymllm_core.engine.checkpoint import INDEX_NAME, SINGLE_NAME
+from pymllm_core.engine.headers import INDEX_NAME, SINGLE_NAME
 from pymllm_core.errors import CheckpointError
 
 BITS = {

@@ -20,10 +20,10 @@ struct Bf16 {
     static int64_t row_bytes(int64_t k) { return 2 * k; }
     static const void* prepare(const bf16* x, bf16*, int64_t, Note*) { return x; }
 
-    template <int NT>
-    void gemv(const uint32_t* row, const Note*, int64_t t, float* sums) const {
-        pymllm::multiply<1, NT, 0>(row, packed.at(t, 0), packed.dwords * kTileCols, packed.dwords,
-                                   sums, kTileCols, true);
+    static int few_tiles(int rows) { return rows == 1 ? kOneRowTiles : 1; }
+
+    void few(int rows, int tiles, const uint32_t* panel, const Note*, int64_t t, float* sums) const {
+        multiply_few(rows, tiles, panel, packed, t, sums);
     }
 
     void multiply(bool first, int rows, const uint32_t* panel, const Note*, int64_t t, int64_t d0,

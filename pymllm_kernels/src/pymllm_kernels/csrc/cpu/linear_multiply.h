@@ -15,6 +15,10 @@ namespace pymllm {
 // hardware prefetchers do better without help.
 constexpr int kAhead = 8192;
 
+// Neighbouring weight tiles taken together by a single row: 4 x 2 chains hide the latency of the
+// dot instructions, and the four streams are read at memory speed.
+constexpr int kOneRowTiles = 4;
+
 inline __m512 load_sums(const float* p) { return _mm512_loadu_ps(p); }
 inline i32x16 load_sums(const int32_t* p) { return (i32x16)_mm512_loadu_si512(p); }
 inline void store_sums(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
@@ -57,13 +61,27 @@ using Multiply = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, Su
 
 template <int AHEAD, typename Sum, int... Less>
 constexpr std::array<Multiply<Sum>, kRowTile> multiply_table(std::integer_sequence<int, Less...>) {
-    return {multiply<Less + 1, 1, AHEAD, Sum>...};
+    return {multiply<Less + 1, 1, (Less > 0 ? AHEAD : 0), Sum>...};
 }
 
 // By rows - 1; the first pass over a weight block prefetches, later ones find it in the cache.
 template <typename Sum>
-constexpr auto kFirstPass = multiply_table<kAhead, Sum>(std::make_integer_sequence<int, kRowTile>{});
+constexpr auto kFirstPass = multiply_table<kAhead, Sum>(
+    std::make_integer_sequence<int, kRowTile>{});
 template <typename Sum>
 constexpr auto kLaterPass = multiply_table<0, Sum>(std::make_integer_sequence<int, kRowTile>{});
+
+// One row takes `tiles` neighbouring tiles, several rows one tile; see `multiply`.
+template <typename Sum>
+void multiply_few(int rows, int tiles, const uint32_t* panel, const PackedLinear& packed,
+                  int64_t t, Sum* sums) {
+    const uint32_t* w = packed.at(t, 0);
+    if (tiles == 1) {
+        kFirstPass<Sum>[rows - 1](panel, w, 0, packed.dwords, sums, 0, true);
+    } else {
+        multiply<1, kOneRowTiles, 0>(panel, w, packed.dwords * kTileCols, packed.dwords, sums,
+                                     kTileCols, true);
+    }
+}
 
 }  // namespace pymllm

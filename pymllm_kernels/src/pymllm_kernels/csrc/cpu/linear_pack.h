@@ -7,7 +7,9 @@ namespace pymllm {
 
 enum PackFormat : int64_t {
     kPackBf16 = 0,  // a pair of bf16
-    kPackInt8 = 1,  // four int8 codes as uint8, offset by 128: vpdpbusd multiplies uint8 by int8
+    kPackW8A8 = 1,  // four int8 codes as uint8, offset by 128: vpdpbusd multiplies uint8 by int8
+    kPackInt4 = 2,  // Int4Codes in unpack.h
+    kPackInt8 = 3,  // Int8Codes in unpack.h
 };
 
 }  // namespace pymllm

@@ -8,10 +8,12 @@
 //   int64_t panel_dwords     dwords of a prepared row
 //   int64_t block_dwords     dwords of x in a reduction block
 //   int64_t row_bytes(k)     bytes of a prepared row of k values
-//   prepare(x, dst, k, note) a row in the form in which it is multiplied; returns where it lies:
-//                            dst, which has room for k values of bf16 and may be x, or x
-//   gemv<NT>(...)            one row and NT neighbouring tiles
-//   multiply(...)            several rows and a block of one tile
+//   prepare(x, dst, k, note) a row in the form in which it is multiplied; returns where it lies: x,
+//                            or dst, which may be x and has room for k values of bf16 as well as for
+//                            the prepared row
+//   few_tiles(rows)          neighbouring tiles that up to 12 rows meet at once
+//   few(...)                 up to 12 rows and one or few_tiles(rows) whole tiles
+//   multiply(...)            up to 12 of many rows and a block of one tile
 //   finish(...)              the sums of one row and tile as floats
 #pragma once
 
@@ -28,10 +30,6 @@ namespace pymllm {
 // Rows handled per pass: their x block (768 x 1024 x 2 B = 1.5 MB) streams from L2 and L3, their
 // sums (768 x 32 x 4 B = 96 KB) stay in L2.
 constexpr int64_t kMaxRows = 64 * kRowTile;
-// Neighbouring weight tiles taken together by the single-row product: 4 x 2 chains hide the
-// latency of the dot instructions, and the four streams are read at memory speed.
-constexpr int kGemvTiles = 4;
-
 // `rows` rows as tiles of at most 12 whose sizes differ by at most one: 13 rows are 7 + 6,
 // not 12 + 1.
 struct RowTiles {
@@ -67,13 +65,14 @@ template <typename Format>
 void pack_rows(const Format& format, const LinearCall& call, int64_t row0, int rows,
                Panels<Format> to) {
     thread_local Scratch scratch;
-    auto* buffer = scratch.get<bf16>(kRowTile * call.k * sizeof(bf16));
+    const int64_t bytes = format.row_bytes(call.k);
+    const int64_t room = std::max<int64_t>(call.k, (bytes + 1) / 2);
+    auto* buffer = scratch.get<bf16>(kRowTile * room * sizeof(bf16));
     const void* source[kRowTile];
     for (int m = 0; m < rows; ++m) {
-        source[m] = prepare_row(format, call, row0 + m, buffer + m * call.k,
+        source[m] = prepare_row(format, call, row0 + m, buffer + m * room,
                                 to.notes + m * format.notes);
     }
-    const int64_t bytes = format.row_bytes(call.k);
     const __mmask16 mask = first_lanes(rows);
     for (int64_t d0 = 0; d0 < format.panel_dwords; d0 += kLanes) {
         __m512i block[16];
@@ -163,33 +162,31 @@ void tile_against_rows(const Format& format, const LinearCall& call, int64_t row
     }
 }
 
-// One row: every thread prepares x for itself (cheaper than a barrier) and streams its share of
-// the weight once.
+// Up to 12 rows: every thread prepares x for itself (cheaper than a barrier) and streams its share
+// of the weight once.
 template <typename Format>
-void one_row(const Format& format, const LinearCall& call, Range tiles, Panels<Format> panels) {
-    thread_local Scratch scratch;
-    const void* row = prepare_row(format, call, 0, scratch.get<bf16>(call.k * sizeof(bf16)),
-                                  panels.notes);
+void few_rows(const Format& format, const LinearCall& call, Range tiles, Panels<Format> panels) {
+    const int rows = static_cast<int>(call.m);
+    const uint32_t* panel = panels.dwords;
     const int64_t bytes = format.row_bytes(call.k);
-    const auto* panel = static_cast<const uint32_t*>(row);
-    if (bytes != format.panel_dwords * static_cast<int64_t>(sizeof(uint32_t))) {
-        for (int64_t d0 = 0; d0 < format.panel_dwords; d0 += kLanes) {
-            _mm512_mask_storeu_epi32(panels.dwords + d0, first_lanes(format.panel_dwords - d0),
-                                     load_dwords(row, d0, bytes));
-        }
-        panel = panels.dwords;
+    if (rows == 1 && bytes == 4 * format.panel_dwords) {
+        thread_local Scratch scratch;
+        auto* buffer = scratch.get<bf16>(std::max<int64_t>(2 * call.k, bytes));
+        panel =
+            static_cast<const uint32_t*>(prepare_row(format, call, 0, buffer, panels.notes));
+    } else {
+        pack_rows(format, call, 0, rows, panels);
     }
-    alignas(64) typename Format::Sum sums[kGemvTiles * kTileCols];
-    int64_t t = tiles.begin;
-    for (; t + kGemvTiles <= tiles.end; t += kGemvTiles) {
-        format.template gemv<kGemvTiles>(panel, panels.notes, t, sums);
-        for (int j = 0; j < kGemvTiles; ++j) {
-            finish_row(format, call, 0, t + j, sums + j * kTileCols, panels.notes);
+    // [tiles][rows][32]; the more rows, the fewer tiles at once.
+    alignas(64) typename Format::Sum sums[kRowTile * kTileCols];
+    int at_once = Format::few_tiles(rows);
+    for (int64_t t = tiles.begin; t < tiles.end; t += at_once) {
+        if (t + at_once > tiles.end) at_once = 1;
+        format.few(rows, at_once, panel, panels.notes, t, sums);
+        for (int i = 0; i < at_once * rows; ++i) {
+            finish_row(format, call, i % rows, t + i / rows, sums + i * kTileCols,
+                       panels.notes + i % rows * format.notes);
         }
-    }
-    for (; t < tiles.end; ++t) {
-        format.template gemv<1>(panel, panels.notes, t, sums);
-        finish_row(format, call, 0, t, sums, panels.notes);
     }
 }
 
@@ -206,20 +203,10 @@ void run_linear(const Format& format, const LinearCall& call, int threads) {
     const int64_t tiles = format.packed.tiles;
     if (call.m <= 0) return;
     if (call.m <= kRowTile) {
-        // As in one_row, every thread prepares all rows for itself.
         auto body = [&](int rank, int size) {
             thread_local Scratch dwords, notes;
-            const Panels<Format> panels = panels_for(format, call.m, dwords, notes);
-            const Range mine = share(tiles, rank, size);
-            if (call.m == 1) {
-                one_row(format, call, mine, panels);
-                return;
-            }
-            pack_rows(format, call, 0, static_cast<int>(call.m), panels);
-            alignas(64) Sum sums[kRowTile * kTileCols];
-            for (int64_t t = mine.begin; t < mine.end; ++t) {
-                tile_against_rows(format, call, 0, RowTiles(call.m), panels, t, sums);
-            }
+            few_rows(format, call, share(tiles, rank, size),
+                     panels_for(format, call.m, dwords, notes));
         };
         parallel(threads, body);
         return;

@@ -31,8 +31,8 @@ inline __m512 minus_zero_point(__m512i product, __m512i zero_point, __m512i sum)
     return _mm512_insertf32x8(_mm512_castps256_ps512(halves[0]), halves[1], 1);
 }
 
-// The weights are uint8, offset by 128, so 128 * (sum of x) is to be subtracted. Intermediate
-// sums may pass 2^31, which vpdpbusd takes modulo 2^32: the end fits where K < 131,072.
+// The weights are uint8, offset by 128, so 128 * (sum of x) is to be subtracted. K is at most
+// 65,536: 65,536 * 255 * 128 is under 2^31.
 struct W8A8 {
     using Sum = int32_t;
     using Note = RowCodes;
@@ -60,10 +60,10 @@ struct W8A8 {
         return codes;
     }
 
-    template <int NT>
-    void gemv(const uint32_t* row, const Note*, int64_t t, int32_t* sums) const {
-        pymllm::multiply<1, NT, 0>(row, packed.at(t, 0), packed.dwords * kTileCols, packed.dwords,
-                                   sums, kTileCols, true);
+    static int few_tiles(int rows) { return rows == 1 ? kOneRowTiles : 1; }
+
+    void few(int rows, int tiles, const uint32_t* panel, const Note*, int64_t t, int32_t* sums) const {
+        multiply_few(rows, tiles, panel, packed, t, sums);
     }
 
     void multiply(bool first, int rows, const uint32_t* panel, const Note*, int64_t t, int64_t d0,

@@ -1,0 +1,205 @@
+"""Steps with prompts, piece by piece from CUDA graphs: all that lies between two attentions is one launch.
+
+Attention depends on how many sequences there are and how long they are; everything else of a layer only on
+the number of tokens. So for a few numbers of tokens the pieces between the attentions are captured, and a step
+replays them with the attention launched in between, as ever. A step whose number lies between is filled up
+with rows that write to the page of nobody. Launching a layer operator by operator takes the host ten times as
+long, which is longer than a GPU needs for a short prompt.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pymllm_core.protocols.attention import AttentionBackend, ForwardContext, LayerKV
+from pymllm_core.protocols.model import Model
+
+MAX_TOKENS = 2048
+"""Longer steps keep a GPU busy for longer than the host needs to launch them."""
+
+MAX_OUTPUTS = 16
+"""Rows of which logits are computed; a step that samples more is launched operator by operator."""
+
+SIZES = (*range(16, 64, 16), *range(64, 512, 64), *range(512, 1024, 128), *range(1024, MAX_TOKENS + 1, 256))
+"""Numbers of tokens: at most a fifth of a step is padding from 256 tokens on."""
+
+Attend = Callable[[Tensor, LayerKV], Tensor]
+Step = Callable[[AttentionBackend], Tensor]
+
+
+class Capture(Protocol):
+    """From a step, given the attention that it is to call, to what repeats it around another attention."""
+
+    def __call__(self, step: Step, out: Tensor) -> Callable[[Attend], Tensor]:
+        """out: [T, num_heads, head_dim], where the attention's result is read by what follows it."""
+        ...
+
+
+class PieceGraphs:
+    """The captured pieces of one model, captured when a number of tokens comes for the second time."""
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        attention: AttentionBackend,
+        num_heads: int,
+        spare_slot: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capture: Capture | None = None,
+    ) -> None:
+        self.sizes = [size for size in SIZES if size <= max_tokens]
+        self._model, self._attention, self._spare = model, attention, spare_slot
+        self._num_heads, self._dtype, self._device = num_heads, dtype, device
+        self._capture = capture or CudaPieces(device)
+        self._seen: Counter[int] = Counter()
+        self._replays: dict[int, Callable[[Attend], Tensor]] = {}
+        largest = self.sizes[-1] if self.sizes else 0
+        self._ids = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._rows = torch.zeros(MAX_OUTPUTS, dtype=torch.int64, device=device)
+        self._out = torch.empty(0)
+
+    def run(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor | None:
+        """Logits [R, vocab] of `ctx.output_rows`, valid until the next call; None where no piece fits.
+
+        The backend has planned the pass.
+        """
+        tokens = len(input_ids)
+        rows = ctx.output_rows
+        outputs = tokens if rows is None else len(rows)
+        if not 0 < outputs <= MAX_OUTPUTS or not self.sizes or tokens > self.sizes[-1]:
+            return None
+        size = self.sizes[bisect.bisect_left(self.sizes, tokens)]
+        self._seen[size] += 1
+        if self._seen[size] == 1:
+            return None  # compiles its kernels, and may be the only one of its size
+        for buffer, values, padding in (
+            (self._ids, input_ids, 0),
+            (self._positions, ctx.positions, 0),
+            (self._slots, ctx.slots, self._spare),
+        ):
+            buffer[:tokens] = values
+            buffer[tokens:size] = padding
+        self._rows[:outputs] = torch.arange(tokens, device=self._device) if rows is None else rows
+        self._rows[outputs:] = 0
+        if not self._out.numel():
+            kv = ctx.kv[0].k
+            self._out = torch.zeros(
+                (self.sizes[-1], self._num_heads, kv.shape[-1]), dtype=self._dtype, device=self._device
+            )
+        out = self._out[:size]
+        if size not in self._replays:
+            self._replays[size] = self._capture(lambda attention: self._step(attention, ctx, size), out)
+
+        def attend(q: Tensor, kv: LayerKV) -> Tensor:
+            out[:tokens] = self._attention.attend(q[:tokens], kv, ctx)
+            return out
+
+        return self._replays[size](attend)[:outputs]
+
+    def _step(self, attention: AttentionBackend, ctx: ForwardContext, size: int) -> Tensor:
+        """The whole pass over the standing buffers; of `ctx` it takes the cache alone."""
+        standing = ForwardContext(
+            positions=self._positions[:size],
+            slots=self._slots[:size],
+            query_start=ctx.query_start,
+            kv_lens=ctx.kv_lens,
+            page_table=ctx.page_table,
+            num_decodes=0,
+            query_lens=[size],
+            kv_lens_host=[size],
+            page_size=ctx.page_size,
+            kv=ctx.kv,
+            attention=attention,
+            output_rows=self._rows,
+        )
+        return self._model.logits(self._model.forward(self._ids[:size], standing))
+
+
+class AttentionSeam:
+    """An attention backend that does nothing but hand the queries to `attend`."""
+
+    graph_safe = False
+    prepares_decodes = False
+
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
+
+    def plan(self, ctx: ForwardContext) -> None:
+        """The real backend has planned."""
+
+    def attend(self, q: Tensor, kv: LayerKV, ctx: ForwardContext) -> Tensor:
+        return self._attend(q, kv)
+
+
+class CudaPieces:
+    """Captures CUDA graphs from one attention to the next; all share one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, step: Step, out: Tensor) -> Callable[[Attend], Tensor]:
+        pieces: list[torch.cuda.CUDAGraph] = []
+        queries: list[tuple[Tensor, LayerKV]] = []
+
+        def begin() -> None:
+            pieces.append(torch.cuda.CUDAGraph())
+            pieces[-1].capture_begin(pool=self._pool)
+
+        def seam(q: Tensor, kv: LayerKV) -> Tensor:
+            pieces[-1].capture_end()
+            queries.append((borrow(q), kv))
+            begin()
+            return out
+
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.stream(self._stream):
+            begin()
+            result = step(AttentionSeam(seam))
+            pieces[-1].capture_end()
+        result = borrow(result)
+
+        def replay(attend: Attend) -> Tensor:
+            for piece, (q, kv) in zip(pieces, queries, strict=False):
+                piece.replay()
+                attend(q, kv)
+            pieces[-1].replay()
+            return result
+
+        return replay
+
+
+class _Borrowed:
+    """Device memory by address (https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html)."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.is_contiguous()
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.numel() * tensor.element_size(),),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def borrow(tensor: Tensor) -> Tensor:
+    """The same memory without owning it.
+
+    What one graph leaves for the next would take gigabytes side by side, for all sizes and layers. Not being
+    owned, the memory is used by what is captured afterwards as well, and holds these values until that is
+    replayed.
+    """
+    raw = torch.as_tensor(_Borrowed(tensor), device=tensor.device)
+    return raw.view(tensor.dtype).view(tensor.shape)

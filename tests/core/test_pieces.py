@@ -1,0 +1,115 @@
+"""Steps with prompts piece by piece (`engine.pieces`), with a replay that computes the step again on the CPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pymllm_core.engine import pieces
+from pymllm_core.engine.engine import Engine
+from pymllm_core.engine.pieces import Attend, AttentionSeam, Step
+from pymllm_core.request import Request, SamplingParams
+from pymllm_core.testing.checkpoints import write_toy
+from pymllm_core.testing.engines import check_idle, complete, greedy, make_engine, run
+
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    write_toy(folder)
+    return folder
+
+
+class Recompute:
+    """Captures by computing again around the real attention; counts captures and replays."""
+
+    def __init__(self) -> None:
+        self.captures: list[int] = []
+        self.replays = 0
+
+    def __call__(self, step: Step, out: Tensor) -> Callable[[Attend], Tensor]:
+        self.captures.append(len(out))
+
+        def replay(attend: Attend) -> Tensor:
+            self.replays += 1
+            return step(AttentionSeam(attend))
+
+        return replay
+
+
+def with_pieces(folder: Path, **settings: Any) -> tuple[Engine, Recompute]:
+    engine = make_engine(folder, **settings)
+    counter = Recompute()
+    engine.runner.capture_pieces(capture=counter)
+    spare = engine.runner.config.num_pages * engine.runner.config.page_size
+    with torch.inference_mode():
+        for kv in engine.runner.kv:
+            kv.k[spare:], kv.v[spare:] = torch.nan, torch.nan
+    return engine, counter
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, VOCAB) for _ in range(n)] for n in lengths]
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
+@pytest.mark.parametrize("radix", [False, True], ids=["chunk", "radix"])
+def test_answers_do_not_depend_on_pieces(toy: Path, overlap: bool, radix: bool) -> None:
+    settings: dict[str, Any] = {
+        "overlap": overlap,
+        "disable_radix_cache": not radix,
+        "max_prefill_tokens": 70,
+        "radix_cache_page_size": 4,
+        "max_running_requests": 5,
+    }
+    prompts = prompts_of([3, 60, 14, 100, 31, 2, 48, 1, 17, 33, 90])
+    params = [
+        greedy(9) if index % 2 else SamplingParams(max_tokens=7, seed=index, ignore_eos=True, logprobs=1)
+        for index in range(len(prompts))
+    ]
+    plain = make_engine(toy, **settings)
+    engine, counter = with_pieces(toy, **settings)
+    for _ in range(2):
+        expected, got = complete(plain, prompts, params), complete(engine, prompts, params)
+        assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+        for answer, other in zip(got, expected, strict=True):
+            for one, two in zip(answer.logprobs or (), other.logprobs or (), strict=True):
+                assert abs(one.logprob - two.logprob) < 1e-4
+    assert counter.replays > 10
+    assert len(counter.captures) == len(set(counter.captures)) >= 2
+    check_idle(engine)
+
+
+def test_a_size_is_captured_at_its_second_step(toy: Path) -> None:
+    engine, counter = with_pieces(toy, disable_radix_cache=True)
+    (prompt,) = prompts_of([20])
+    answers = [complete(engine, [prompt], greedy(1))[0].token_ids for _ in range(4)]
+    assert len(set(answers)) == 1
+    assert counter.captures == [32]
+    assert counter.replays == 3
+
+
+def test_what_does_not_fit_is_launched_as_ever(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows sampled than a piece has, and more tokens than the largest."""
+    monkeypatch.setattr(pieces, "SIZES", (16, 32))
+    settings: dict[str, Any] = {"disable_radix_cache": True, "max_running_requests": 24}
+    engine, counter = with_pieces(toy, **settings)
+    many = prompts_of([2] * 20)
+    (long,) = prompts_of([60])
+    expected = complete(make_engine(toy, **settings), [*many, long], greedy(2))
+    for _ in range(3):
+        got = complete(engine, many, greedy(2))
+        assert [a.token_ids for a in got] == [a.token_ids for a in expected[:-1]]
+        alone = run(engine, [Request("long", tuple(long), greedy(2))])
+        assert alone["long"].token_ids == expected[-1].token_ids
+    # Decodes of up to 16 sequences are steps of few tokens, too, where there are no graphs for them.
+    assert set(counter.captures) <= {16, 32}
