@@ -14,7 +14,8 @@ pytest.importorskip("triton", reason="Triton is not installed; it has wheels for
 
 KERNELS = {
     "matvec_kernel", "few_rows_kernel", "rms_norm_kernel", "silu_mul_kernel", "quantize_rows_kernel",
-    "w8a8_matvec_kernel", "w8a8_matmul_kernel", "w4a16_matvec_kernel", "w4a16_few_rows_kernel",
+    "w8a8_matvec_kernel", "w8a8_few_rows_kernel",
+    "w8a8_matmul_kernel", "w4a16_matvec_kernel", "w4a16_few_rows_kernel",
     "w4a16_dequantize_kernel", "w8a16_matvec_kernel", "w8a16_few_rows_kernel", "w8a16_dequantize_kernel",
     "attention_prep_kernel", "decode_kernel", "prefill_kernel",
 }  # fmt: skip

@@ -24,10 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from pymllm_kernels.triton.launch import Gpu, pretend
-
-SHARED_LIMIT = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
-"""Bytes of shared memory a block may have (CUDA C++ programming guide, table of compute capabilities)."""
+from pymllm_kernels.triton.launch import LEAST_SHARED, SHARED, Gpu, pretend
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -68,7 +65,8 @@ def recorded(*, capability: tuple[int, int], sms: int) -> Iterator[list[Compiled
     before = JITFunction.run
     JITFunction.run = run
     try:
-        with pretend(Gpu(sms, capability[0], pdl=capability >= (9, 0))):
+        shared = SHARED.get(capability, LEAST_SHARED)
+        with pretend(Gpu(sms, capability[0], shared, pdl=capability >= (9, 0))):
             yield launches
     finally:
         JITFunction.run = before

@@ -18,18 +18,21 @@ import torch
 _CPU_INTERPRETER_SMS = 4
 """Triton's interpreter runs on the CPU; a small number there makes small shapes take the paths of large ones."""
 
+LEAST_SHARED = 99 << 10
+SHARED = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
+"""Bytes of shared memory that a block may have, where more than LEAST_SHARED (CUDA programming guide, 5.1)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """sms: streaming multiprocessors. major: of the compute capability. pdl: whether PDL is used.
-
-    shared: bytes of shared memory that a program may have.
+    """sms: streaming multiprocessors. major: of the compute capability. shared: bytes of shared memory that a
+    block may have. pdl: whether PDL is used.
     """
 
     sms: int
     major: int
+    shared: int
     pdl: bool
-    shared: int = 163 << 10
 
 
 _pretended: list[Gpu] = []
@@ -43,15 +46,11 @@ def gpu(device: torch.device) -> Gpu:
 @functools.cache
 def _ask(device: torch.device) -> Gpu:
     if device.type != "cuda":
-        return Gpu(_CPU_INTERPRETER_SMS, major=8, pdl=False)
+        return Gpu(_CPU_INTERPRETER_SMS, 8, LEAST_SHARED, pdl=False)
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(
-        properties.multi_processor_count,
-        properties.major,
-        pdl=properties.major >= 9,
-        # Older versions of torch do not say; 99 KB are what the smallest device here has (8.6, 8.9).
-        shared=getattr(properties, "shared_memory_per_block_optin", 99 << 10),
-    )
+    capability = (properties.major, properties.minor)
+    shared = SHARED.get(capability, LEAST_SHARED)
+    return Gpu(properties.multi_processor_count, properties.major, shared, pdl=properties.major >= 9)
 
 
 @contextmanager

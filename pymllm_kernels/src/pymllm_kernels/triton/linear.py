@@ -11,7 +11,7 @@ from torch import Tensor
 from pymllm_core.protocols.kernel import Norm
 from pymllm_kernels.triton.launch import ceil_div, gpu, power_of_2
 from pymllm_kernels.triton.linear_kernels import few_rows_kernel, matvec_kernel
-from pymllm_kernels.triton.linear_plan import MAX_FEW_ROWS, Blocks, few_rows_blocks, matvec_blocks
+from pymllm_kernels.triton.linear_plan import MAX_FEW_ROWS, Blocks, few_rows_blocks, fitted, matvec_blocks
 from pymllm_kernels.triton.norm import rms_norm, silu_mul
 
 
@@ -50,13 +50,12 @@ class TritonLinear:
         n, dtype = packed.out_features, out_dtype or x.dtype
         if rows > MAX_FEW_ROWS:
             return many_rows(x, packed, norm, residual, dtype)
-        device = gpu(x.device)
-        sms = device.sms
+        sms = gpu(x.device).sms
         out = torch.empty((rows, n), dtype=dtype, device=x.device)
         if rows == 1:
             matvec(x, packed, norm, residual, out, matvec_blocks(n, columns, sms, gated=packed.gated))
         elif rows:
-            blocks = few_rows_blocks(n, columns, sms, gated=packed.gated, shared=device.shared)
+            blocks = few_rows_blocks(n, columns, sms, gated=packed.gated)
             few_rows(x, packed, norm, residual, out, blocks)
         return out
 
@@ -98,6 +97,8 @@ def few_rows(
     (rows, n), device = out.shape, gpu(x.device)
     x = unit_stride(x)
     norm_weight, eps = norm or (None, 0.0)
+    block_m = max(power_of_2(rows), 16)
+    blocks = fitted(blocks, block_m, x.element_size(), device.shared, gated=packed.gated)
     residual = None if residual is None else unit_stride(residual)
     few_rows_kernel[(ceil_div(n, blocks.block_n),)](
         x,
@@ -112,7 +113,7 @@ def few_rows(
         x.stride(0),
         0 if residual is None else residual.stride(0),
         K=x.shape[1],
-        BLOCK_M=max(power_of_2(rows), 16),
+        BLOCK_M=block_m,
         BLOCK_N=blocks.block_n,
         BLOCK_K=blocks.block_k,
         STAGES=blocks.stages,

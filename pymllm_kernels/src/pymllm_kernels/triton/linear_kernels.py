@@ -121,7 +121,7 @@ PRESCALE = tl.constexpr(2.0**-6)
 
 
 @triton.jit
-def load_x_rows(
+def load_x_columns(
     x,
     norm_weight,
     rows,
@@ -133,16 +133,14 @@ def load_x_rows(
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Rows of x as the left operand, and the running sums of their squares."""
-    mask = (rows < M)[:, None]
-    if K % BLOCK_K != 0:
-        mask = mask & (cols < K)[None, :]
-    a = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0)
+    """Rows of x as the right operand [BLOCK_K, BLOCK_M], and the running sums of their squares."""
+    at = x + tl.minimum(rows, M - 1)[None, :] * x_stride + cols[:, None]
+    a = tl.load(at) if K % BLOCK_K == 0 else tl.load(at, mask=(cols < K)[:, None], other=0.0)
     if NORM:
         wide = a.to(tl.float32)
-        squares += tl.sum(wide * wide, axis=1)
+        squares += tl.sum(wide * wide, axis=0)
         gain = load_vector(norm_weight, cols, K, BLOCK_K)
-        a = (wide * (gain * PRESCALE)[None, :]).to(a.dtype)
+        a = (wide * (gain * PRESCALE)[:, None]).to(a.dtype)
     return a, squares
 
 
@@ -166,24 +164,24 @@ def finish_rows(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """The epilogue of a product of several rows: norm's factor, bias, activation, residual, store."""
+    """The epilogue of a product [BLOCK_N, BLOCK_M]: norm's factor, bias, activation, residual, store."""
     safe = tl.minimum(cols, N - 1)
     if NORM:
-        scale = (tl.rsqrt(squares / K + eps) / PRESCALE)[:, None]
+        scale = (tl.rsqrt(squares / K + eps) / PRESCALE)[None, :]
         y *= scale
         if GATED:
             up *= scale
     if BIAS:
-        y += tl.load(bias + safe).to(tl.float32)[None, :]
+        y += tl.load(bias + safe).to(tl.float32)[:, None]
         if GATED:
-            up += tl.load(bias + N + safe).to(tl.float32)[None, :]
+            up += tl.load(bias + N + safe).to(tl.float32)[:, None]
     if GATED:
         y = silu(y) * up
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    mask = (rows < M)[None, :] & (cols < N)[:, None]
     if RESIDUAL:
-        at = residual + rows[:, None] * residual_stride + cols[None, :]
+        at = residual + rows[None, :] * residual_stride + cols[:, None]
         y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + rows[:, None].to(tl.int64) * N + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + rows[None, :].to(tl.int64) * N + cols[:, None], y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -212,8 +210,8 @@ def few_rows_kernel(
 ):
     """`matvec_kernel` for M rows, at most BLOCK_M, on the tensor cores. x: [M, K]; out: [M, N].
 
-    Weights are the left operand, whose rows fill the tensor cores' tile; x transposed is the narrow right one.
-    The other way round the tile would be padding mostly (on an H200 two to three times the time).
+    The weight is the left operand, whose rows the warps share: 2 to 4 times as fast on an H200 as the
+    product with x on the left, where every warp reads the whole weight block.
     """
     if PDL:
         gdc_launch_dependents()
@@ -227,15 +225,14 @@ def few_rows_kernel(
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_K)
         w = load_rows(weight, weight_rows, cols, K, BLOCK_K)
-        a, squares = load_x_rows(x, norm_weight, rows, cols, M, x_stride, squares, K, BLOCK_K, NORM)
-        a = tl.trans(a)
+        a, squares = load_x_columns(x, norm_weight, rows, cols, M, x_stride, squares, K, BLOCK_K, NORM)
         y = tl.dot(w, a, y)
         if GATED:
             w_up = load_rows(weight, weight_rows + N, cols, K, BLOCK_K)
             up = tl.dot(w_up, a, up)
     finish_rows(
-        tl.trans(y),
-        tl.trans(up),
+        y,
+        up,
         squares,
         out,
         bias,

@@ -118,10 +118,9 @@ def matvec_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
 
 def few_rows_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
     """For 2 to MAX_FEW_ROWS rows; a step covers block_k columns, 8 products of block_k / 8."""
-    block_n = 32 if gated else 64
-    while block_n > 16 and ceil_div(n, block_n) < 2 * sms:
-        block_n //= 2
-    return Blocks(block_n, min(256, power_of_2(max(k, 128))), warps=4, stages=3)
+    small = n <= 16 * sms
+    block_n = 16 if small else 32 if gated else 64
+    return Blocks(block_n, min(256, power_of_2(max(k, 128))), warps=2 if small else 4, stages=4)
 
 
 def matvec(

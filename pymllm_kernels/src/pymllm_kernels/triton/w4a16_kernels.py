@@ -274,10 +274,10 @@ def w4a16_few_rows_kernel(
     rows = tl.arange(0, BLOCK_M)
     wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_rows = tl.minimum(wanted, N - 1)
-    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     up = y
     squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    x_rows = x + tl.minimum(rows, M - 1)[:, None] * x_stride
+    x_rows = x + tl.minimum(rows, M - 1)[None, :] * x_stride
     for start in tl.range(0, WORDS, BLOCK_W, num_stages=STAGES):
         words = start + tl.arange(0, BLOCK_W)
         units = start // 4 + tl.arange(0, BLOCK_W // 4)
@@ -296,18 +296,16 @@ def w4a16_few_rows_kernel(
                 z_up = spread(z_up, BLOCK_N, BLOCK_W)
         for nibble in tl.static_range(8):
             cols = words // 4 * 32 + 4 * nibble + words % 4
-            if WORDS % BLOCK_W == 0:
-                a = tl.load(x_rows + cols[None, :])
-            else:
-                a = tl.load(x_rows + cols[None, :], mask=(words < WORDS)[None, :], other=0.0)
+            at = x_rows + cols[:, None]
+            a = tl.load(at) if WORDS % BLOCK_W == 0 else tl.load(at, mask=(words < WORDS)[:, None], other=0.0)
             if NORM:
                 wide = a.to(tl.float32)
-                squares += tl.sum(wide * wide, axis=1)
+                squares += tl.sum(wide * wide, axis=0)
                 gain = load_nibble_columns(norm_weight, words, nibble, WORDS, BLOCK_W)
-                a = (wide * (gain * PRESCALE)[None, :]).to(dtype)
-            y = tl.dot(a, tl.trans(dequantised(w, s, z, nibble, dtype)), y)
+                a = (wide * (gain * PRESCALE)[:, None]).to(dtype)
+            y = tl.dot(dequantised(w, s, z, nibble, dtype), a, y)
             if GATED:
-                up = tl.dot(a, tl.trans(dequantised(w_up, s_up, z_up, nibble, dtype)), up)
+                up = tl.dot(dequantised(w_up, s_up, z_up, nibble, dtype), a, up)
     finish_rows(
         y,
         up,

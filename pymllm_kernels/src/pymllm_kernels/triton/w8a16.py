@@ -10,7 +10,7 @@ from torch import Tensor
 from pymllm_core.protocols.kernel import Norm
 from pymllm_kernels.triton.launch import ceil_div, gpu, power_of_2
 from pymllm_kernels.triton.linear import unit_stride
-from pymllm_kernels.triton.linear_plan import MAX_FEW_ROWS, Blocks
+from pymllm_kernels.triton.linear_plan import MAX_FEW_ROWS, Blocks, few_rows_blocks, fitted
 from pymllm_kernels.triton.w8a16_kernels import (
     w8a16_dequantize_kernel,
     w8a16_few_rows_kernel,
@@ -89,14 +89,6 @@ def matvec_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
     return Blocks(min(block_n, 16), block_k, warps=4, unroll=4)
 
 
-def few_rows_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
-    """For 2 to MAX_FEW_ROWS rows."""
-    block_n = 32 if gated else 64
-    while block_n > 16 and ceil_div(n, block_n) < 2 * sms:
-        block_n //= 2
-    return Blocks(block_n, min(128, power_of_2(max(k, 16))), warps=4, stages=4)
-
-
 def matvec(
     x: Tensor, packed: Int8Codes, norm: Norm | None, residual: Tensor | None, out: Tensor, blocks: Blocks
 ) -> None:
@@ -137,6 +129,9 @@ def few_rows(
     (rows, n), device = out.shape, gpu(x.device)
     x = unit_stride(x)
     norm_weight, eps = norm or (None, 0.0)
+    block_m = max(power_of_2(rows), 16)
+    # x has two bytes a value, and so have the weights once they are widened.
+    blocks = fitted(blocks, block_m, x.element_size(), device.shared, gated=packed.gated)
     residual = None if residual is None else unit_stride(residual)
     w8a16_few_rows_kernel[(ceil_div(n, blocks.block_n),)](
         x,
@@ -154,7 +149,7 @@ def few_rows(
         0 if residual is None else residual.stride(0),
         K=packed.weight.shape[1],
         GROUPS=packed.scale.shape[1],
-        BLOCK_M=max(power_of_2(rows), 16),
+        BLOCK_M=block_m,
         BLOCK_N=blocks.block_n,
         BLOCK_K=blocks.block_k,
         STAGES=blocks.stages,

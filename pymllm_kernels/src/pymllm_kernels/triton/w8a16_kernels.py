@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from pymllm_kernels.triton.linear_kernels import finish_rows, load_rows, load_vector, load_x_rows
+from pymllm_kernels.triton.linear_kernels import finish_rows, load_rows, load_vector, load_x_columns
 from pymllm_kernels.triton.norm import silu
 
 UNIT = tl.constexpr(16)
@@ -250,25 +250,25 @@ def w8a16_few_rows_kernel(
     rows = tl.arange(0, BLOCK_M)
     wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.minimum(wanted, N - 1)
-    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     up = y
     squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         cols, unit = start + tl.arange(0, BLOCK_K), start // UNIT
         w = load_rows(weight, n, cols, K, BLOCK_K)
-        a, squares = load_x_rows(x, norm_weight, rows, cols, M, x_stride, squares, K, BLOCK_K, NORM)
+        a, squares = load_x_columns(x, norm_weight, rows, cols, M, x_stride, squares, K, BLOCK_K, NORM)
         w = widened(w, scale, zero_point, n, unit, dtype, GROUPS, GROUP_UNITS, BLOCK_N, BLOCK_K, ASYMMETRIC)
-        y = tl.dot(a, tl.trans(w), y)
+        y = tl.dot(w, a, y)
         if GATED:
             w_up = load_rows(weight, n + N, cols, K, BLOCK_K)
             w_up = widened(
                 w_up, scale, zero_point, n + N, unit, dtype, GROUPS, GROUP_UNITS, BLOCK_N, BLOCK_K, ASYMMETRIC
             )
-            up = tl.dot(a, tl.trans(w_up), up)
+            up = tl.dot(w_up, a, up)
     if GROUPS == 1:
-        y *= tl.load(scale + n).to(tl.float32)[None, :]
+        y *= tl.load(scale + n).to(tl.float32)[:, None]
         if GATED:
-            up *= tl.load(scale + N + n).to(tl.float32)[None, :]
+            up *= tl.load(scale + N + n).to(tl.float32)[:, None]
     finish_rows(
         y,
         up,

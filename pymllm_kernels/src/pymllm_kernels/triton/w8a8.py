@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from pymllm_core.protocols.kernel import Norm
 from pymllm_kernels.triton.launch import ceil_div, gpu, power_of_2
 from pymllm_kernels.triton.linear import unit_stride
-from pymllm_kernels.triton.linear_plan import Blocks
+from pymllm_kernels.triton.linear_plan import Blocks, few_rows_blocks, fitted
 from pymllm_kernels.triton.quantize import StaticInput, quantize_rows
-from pymllm_kernels.triton.w8a8_kernels import w8a8_matmul_kernel, w8a8_matvec_kernel
+from pymllm_kernels.triton.w8a8_kernels import w8a8_few_rows_kernel, w8a8_matmul_kernel, w8a8_matvec_kernel
+
+MAX_NARROW_ROWS = 64
+"""Up to so many rows a program takes all of them, with the weight as the left operand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +86,12 @@ def matvec_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
 def matmul_blocks(m: int, n: int, k: int, sms: int, *, gated: bool) -> tuple[int, Blocks]:
     """BLOCK_M and the other blocks for more than one row."""
     matrices = 2 if gated else 1
-    block_m = min(max(power_of_2(m), 16), 128)
-    if block_m <= 64:
-        # Bound by reading the weights, as decodes are.
-        block_n = 64 // matrices
-        while block_n > 16 and ceil_div(n, block_n) * ceil_div(m, block_m) < 2 * sms:
-            block_n //= 2
-        block_k = min(256 if block_n * matrices <= 32 else 128, power_of_2(max(k, 32)))
-        return block_m, Blocks(block_n, block_k, warps=4, stages=4)
+    if m <= MAX_NARROW_ROWS:
+        # Bound by reading the weights, as decodes are; a step reads twice the columns of bfloat16 weights.
+        blocks = few_rows_blocks(n, ceil_div(k, 2), sms, gated=gated)
+        blocks = dataclasses.replace(blocks, block_k=max(2 * blocks.block_k, 32))
+        return max(power_of_2(m), 16), blocks
+    block_m = 128
     # Two accumulators share the registers of one.
     return block_m, Blocks(128 // matrices, min(128, power_of_2(max(k, 32))), warps=8, stages=3)
 
@@ -139,11 +141,12 @@ def matmul(
     """Fill out [M, n] for x [M, K]: quantise the rows, then multiply."""
     (rows, n), device = out.shape, gpu(x.device)
     block_m, blocks = sizes
+    blocks = fitted(blocks, block_m, 1, device.shared, gated=packed.gated)
     codes, scales, zeros = quantize_rows(
         unit_stride(x), norm, packed.static, asymmetric=packed.sum is not None
     )
     residual = None if residual is None else unit_stride(residual)
-    w8a8_matmul_kernel[(ceil_div(rows, block_m) * ceil_div(n, blocks.block_n),)](
+    arguments = (
         codes,
         packed.weight,
         scales,
@@ -156,17 +159,23 @@ def matmul(
         rows,
         n,
         0 if residual is None else residual.stride(0),
-        K=x.shape[1],
-        BLOCK_M=block_m,
-        BLOCK_N=blocks.block_n,
-        BLOCK_K=blocks.block_k,
-        GROUP_M=8,
-        STAGES=blocks.stages,
-        GATED=packed.gated,
-        ASYMMETRIC=packed.sum is not None,
-        BIAS=packed.bias is not None,
-        RESIDUAL=residual is not None,
-        PDL=device.pdl,
-        num_warps=blocks.warps,
-        launch_pdl=device.pdl,
     )
+    options = {
+        "K": x.shape[1],
+        "BLOCK_M": block_m,
+        "BLOCK_N": blocks.block_n,
+        "BLOCK_K": blocks.block_k,
+        "STAGES": blocks.stages,
+        "GATED": packed.gated,
+        "ASYMMETRIC": packed.sum is not None,
+        "BIAS": packed.bias is not None,
+        "RESIDUAL": residual is not None,
+        "PDL": device.pdl,
+        "num_warps": blocks.warps,
+        "launch_pdl": device.pdl,
+    }
+    columns = ceil_div(n, blocks.block_n)
+    if rows <= MAX_NARROW_ROWS:
+        w8a8_few_rows_kernel[(columns,)](*arguments, **options)
+    else:
+        w8a8_matmul_kernel[(ceil_div(rows, block_m) * columns,)](*arguments, GROUP_M=8, **options)

@@ -131,6 +131,70 @@ def w8a8_matvec_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
+def w8a8_few_rows_kernel(
+    codes,
+    weight,
+    scales,
+    zeros,
+    weight_scale,
+    weight_sum,
+    out,
+    bias,
+    residual,
+    M,
+    N,
+    residual_stride,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`w8a8_matmul_kernel` for at most BLOCK_M rows, with the weight as the left operand, as `few_rows_kernel`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    rows = tl.arange(0, BLOCK_M)
+    wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, n = tl.minimum(rows, M - 1), tl.minimum(wanted, N - 1)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    acc_up = acc
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        cols = start + tl.arange(0, BLOCK_K)
+        at = codes + m[None, :] * K + cols[:, None]
+        w = load_rows(weight, n, cols, K, BLOCK_K)
+        a = tl.load(at) if K % BLOCK_K == 0 else tl.load(at, mask=(cols < K)[:, None], other=0)
+        acc = tl.dot(w, a, acc, out_dtype=tl.int32)
+        if GATED:
+            w_up = load_rows(weight, n + N, cols, K, BLOCK_K)
+            acc_up = tl.dot(w_up, a, acc_up, out_dtype=tl.int32)
+    scale = tl.load(scales + m)[None, :]
+    zero, sums, up_sums = 0.0, n, n
+    if ASYMMETRIC:
+        zero = tl.load(zeros + m)[None, :]
+        sums = tl.load(weight_sum + n)[:, None]
+        if GATED:
+            up_sums = tl.load(weight_sum + N + n)[:, None]
+    y = scaled(acc, scale, zero, tl.load(weight_scale + n)[:, None], sums, ASYMMETRIC)
+    if BIAS:
+        y += tl.load(bias + n).to(tl.float32)[:, None]
+    if GATED:
+        up = scaled(acc_up, scale, zero, tl.load(weight_scale + N + n)[:, None], up_sums, ASYMMETRIC)
+        if BIAS:
+            up += tl.load(bias + N + n).to(tl.float32)[:, None]
+        y = silu(y) * up
+    if RESIDUAL:
+        y += tl.load(residual + m[None, :] * residual_stride + n[:, None]).to(tl.float32)
+    mask = (rows < M)[None, :] & (wanted < N)[:, None]
+    tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
 def w8a8_matmul_kernel(
     codes,
     weight,
