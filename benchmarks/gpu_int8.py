@@ -188,6 +188,33 @@ class Layer:
         return {**shape, "tile": tile, **more, "us": round(us, 2), "TOP/s": round(tops, 1)}
 
 
+def node_times(rows_of_a: list[int]) -> Iterator[dict[str, Any]]:
+    """The whole W8A8 node, with the norm and residual that its layer has, on CUTLASS and on Triton alone."""
+    from pymllm_kernels.cutlass.w8a8 import CutlassW8A8
+    from pymllm_kernels.triton.w8a8 import TritonW8A8
+
+    generator = torch.Generator("cuda").manual_seed(1)
+    for name, (n, k) in SHAPES.items():
+        act = "silu_mul" if name.endswith("gate_up") else None
+        norm = None if name.endswith((" o", " down")) else (torch.ones(k, dtype=BF16, device="cuda"), 1e-6)
+        copies = min(max(-(-150_000_000 // (n * k)), 4), 48)
+        for kind, node in (("triton", TritonW8A8()), ("cutlass", CutlassW8A8())):
+            scale = torch.rand(n, generator=generator, device="cuda") / 127
+            weights = [
+                node.pack({"weight": codes(n, k, generator=generator), "weight_scale": scale}, act=act)
+                for _ in range(copies)
+            ]
+            for m in rows_of_a:
+                x = torch.randn(m, k, generator=generator, device="cuda").to(BF16)
+                added = None if norm else torch.zeros(m, n, dtype=BF16, device="cuda")
+
+                def call(turn: int, node: Any = node, x: Tensor = x, added: Tensor | None = added) -> None:
+                    node.apply(x, weights[turn], norm=norm, residual=added)  # noqa: B023  # called at once
+
+                us = microseconds(call, copies)
+                yield {"node": kind, "layer of": name, "M": m, "N": n, "K": k, "us": round(us, 2)}
+
+
 def table(rows: list[dict[str, Any]]) -> None:
     """TOP/s by tile and M, one block a layer; of several walks the best, named where it is not the first."""
     for layer in SHAPES:
@@ -222,8 +249,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSONL to append to")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="values of M")
     parser.add_argument("--no-walks", action="store_true", help="only one order of walking over tiles")
+    parser.add_argument("--nodes", action="store_true", help="only whole W8A8 nodes, beside Triton's")
     arguments = parser.parse_args()
 
+    if arguments.nodes:
+        for row in node_times(list(arguments.rows)):
+            print(json.dumps(row), flush=True)
+            if arguments.out:
+                with arguments.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+        return
     gemms = load(arguments.libraries) if arguments.libraries else build(arguments.tiles)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
