@@ -52,7 +52,7 @@ def machine_findings(registry: Registry, wants: Iterable[tuple[str, Want]]) -> I
                 continue
             reason = needs.reason(want)
             listed = [*needs.modules.values(), *(" or ".join(group) for group in needs.programs)]
-            listed += ["what they look for themselves"] if needs.check else []
+            listed += ["what their own check asks for"] if needs.check else []
             found = lacking[reason] if reason else here[", ".join(listed)]
             if key not in found:
                 found.append(key)
