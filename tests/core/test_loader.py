@@ -150,3 +150,45 @@ def test_loading_makes_no_second_copy(tmp_path: Path, folder: Path, load_format:
     block = 4 * DummyReader.BLOCK if load_format == "dummy" else 0
     assert peak < weights + 2 * largest + block + 20e6 < 2 * weights
     assert after < weights + 20e6
+
+
+MANY = """
+import sys, threading
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from pymllm_core.engine.loader import load_weights
+from pymllm_core.nn.builder import Builder
+from pymllm_core.nn.memory import zeros_on_demand
+
+class Copy:
+    fuses, apply = frozenset(), None
+    def pack(self, tensors, *, act):
+        return zeros_on_demand(tuple(tensors["weight"].shape), torch.bfloat16).copy_(tensors["weight"])
+
+def private():
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+
+def load(count):
+    builder = Builder(dtype=torch.bfloat16, max_positions=8, kernel=lambda *_: Copy())
+    for index in range(count):
+        builder.linear(f"experts.{index}", {"gate": 768, "up": 768}, 2048)
+    load_weights(builder, None, torch.device("cpu"), seed=0, progress=lambda _: None, cancel=threading.Event())
+    return builder
+
+load(1)
+before = private()
+builder = load(60)
+print(private() - before, builder.weight_bytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
+def test_many_small_weights_leave_no_second_copy() -> None:
+    """60 weights of 6 MB, as those of experts: what is freed between them does not stay with the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY], capture_output=True, text=True, check=True, timeout=120
+    )
+    private, weights = map(int, done.stdout.split())
+    assert weights > 370e6
+    assert private < weights + (64 << 20)

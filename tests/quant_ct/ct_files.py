@@ -65,6 +65,13 @@ def group(
     }
 
 
+def dense(fields: Mapping[str, Any]) -> Any:
+    """A tiny Qwen3 of transformers."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**{**TINY, "tie_word_embeddings": True, **fields}))
+
+
 def write(
     folder: Path,
     groups: list[dict[str, Any]],
@@ -75,19 +82,19 @@ def write(
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     decompress: bool = True,
+    build: Callable[[Mapping[str, Any]], Any] = dense,
     **fields: Any,
 ) -> nn.Module:
     """Quantise a tiny Qwen3 and write it; returns it with the weights that the package dequantises.
 
     file_format: what the package shall write. change: edits the tensors before they are written.
     decompress: let the package read back what it wrote (old versions cannot always do that).
+    build: makes the model from the fields of its config.
     """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     from pymllm_core.testing.checkpoints import randomise
 
-    config = Qwen3Config(**{**TINY, "tie_word_embeddings": True, **fields})
-    model = randomise(Qwen3ForCausalLM(config), std=0.15, seed=seed).to(dtype)
+    model = randomise(build(fields), std=0.15, seed=seed).to(dtype)
+    config = model.config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         named = {f"group_{index}": dict(found) for index, found in enumerate(groups)}
@@ -110,11 +117,11 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(change(tensors) if change else tensors, folder / "model.safetensors")
     path = folder / "config.json"
-    stored = {**json.loads(path.read_text()), "architectures": ["Qwen3ForCausalLM"]}
+    stored = {**json.loads(path.read_text()), "architectures": [type(model).__name__]}
     path.write_text(json.dumps(stored))
     if config.tie_word_embeddings:
         wide["lm_head.weight"] = wide["model.embed_tokens.weight"]
-    reference = Qwen3ForCausalLM(config).double()
+    reference = build(fields).double()
     reference.load_state_dict({name: wide[name].double() for name in reference.state_dict()})
     reference.train(False)
     return reference

@@ -113,9 +113,9 @@ def expect(reference: nn.Module, groups: list[dict[str, Any]], folder: Path) -> 
         return reference(torch.tensor([PROMPT])).logits[0]
 
 
-def compute(folder: Path, **settings: Any) -> Tensor:
+def compute(folder: Path, *, plugins: tuple[str, ...] = PLUGINS, **settings: Any) -> Tensor:
     """[positions, vocab] of the prompt by our engine, in chunks of 10."""
-    engine = make_engine(folder, *PLUGINS, chunked_prefill_size=10, **settings)
+    engine = make_engine(folder, *plugins, chunked_prefill_size=10, **settings)
     recorder = LogitsRecorder(engine)
     run(engine, [Request("a", PROMPT, greedy(2))])
     found = torch.full((len(PROMPT), 64), torch.nan)

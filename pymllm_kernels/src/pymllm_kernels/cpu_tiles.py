@@ -31,6 +31,7 @@ class TilesStruct(ctypes.Structure):
         ("dwords", c_int64),
         ("tiles", c_int64),
         ("act", c_int64),
+        ("span", c_int64),
     ]
 
 
@@ -43,10 +44,13 @@ class Tiles:
         nbytes: memory held.
     """
 
-    def __init__(self, rows: Tensor, form: int, *, bias: Tensor | None, act: str | None) -> None:
+    def __init__(
+        self, rows: Tensor, form: int, *, bias: Tensor | None, act: str | None, span: int = 1
+    ) -> None:
         """rows: [N, B], last dimension contiguous: B bytes a row, in the form that `form` packs.
 
         act: None or "silu_mul" (silu(gate) * up; the rows are [gate; up]). bias: [N], any float type.
+        span: tiles whose dwords alternate.
 
         Raises ValueError: shape or activation not supported.
         """
@@ -65,7 +69,7 @@ class Tiles:
         tiles = -(-self.n_out // (TILE // 2 if act == "silu_mul" else TILE))
         dwords = -(-size // 4)
         weight = zeros_on_demand((tiles * dwords * TILE * 4,), torch.uint8)
-        self.struct = TilesStruct(self.hold(weight), None, self.n_out, dwords, tiles, _ACTS[act])
+        self.struct = TilesStruct(self.hold(weight), None, self.n_out, dwords, tiles, _ACTS[act], span)
         if bias is not None:
             self.struct.bias = self.hold(self.by_tile(bias.float()))
         cpu_library().pymllm_linear_pack(

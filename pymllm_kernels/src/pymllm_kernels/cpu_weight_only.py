@@ -23,6 +23,9 @@ from pymllm_kernels.cpu_tiles import (
 GROUP_MULTIPLE = 8
 """Of a group's columns, where a row has several: the codes of a dword, so that none spans two groups."""
 
+SPAN = 4
+"""Tiles that one row reads side by side (few_tiles_of in csrc/cpu/weight_only_multiply.h): as one stream."""
+
 
 class _WeightOnlyStruct(ctypes.Structure):
     """``PackedWeightOnly`` of csrc/cpu/linear_weight_only.cpp."""
@@ -87,7 +90,7 @@ class CpuWeightOnlyLinear(TiledLinear):
             size = len(order) // groups
             weight = self._reorder(weight, order)
         form = PACK_INT4 if self._bits == 4 else PACK_INT8
-        tiles = Tiles(weight, form, bias=tensors.get("bias"), act=act)
+        tiles = Tiles(weight, form, bias=tensors.get("bias"), act=act, span=SPAN)
         struct = _WeightOnlyStruct(
             tiles.struct,
             tiles.hold(tiles.by_tile(scale)),

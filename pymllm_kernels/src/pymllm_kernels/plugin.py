@@ -33,6 +33,17 @@ def _triton(**shape: ShapeRule) -> Needs:
     )
 
 
+# A scale serves whole runs of 32 columns, of the projections up and down (of which N is twice the columns).
+_INTEGER_EXPERTS = _triton(
+    K=ShapeRule(multiple_of=32),
+    N=ShapeRule(multiple_of=64),
+    group_size=ShapeRule(multiple_of=32),
+    down_group_size=ShapeRule(multiple_of=32),
+    g_idx=ShapeRule(one_of=(0,)),
+    down_g_idx=ShapeRule(one_of=(0,)),
+)
+
+
 @hookimpl
 def pymllm_kernels() -> list[KernelSpec]:
     nodes = "pymllm_kernels.cpu_nodes"
@@ -95,6 +106,20 @@ def _triton_kernels() -> list[KernelSpec]:
                 "attention_prep",
                 "attention_prep:TritonAttentionPrep",
                 _triton(head_dim=ShapeRule(multiple_of=2)),
+            ),
+            ("moe_route", "moe_route:make_route", _triton()),
+            ("moe_experts", "moe:TritonExperts", _triton()),
+            ("w4a16_moe_experts", "moe:TritonInt4Experts", _INTEGER_EXPERTS),
+            ("w8a16_moe_experts", "moe:TritonInt8Experts", _INTEGER_EXPERTS),
+            (
+                "w8a8_moe_experts",
+                "moe_w8a8:TritonW8A8Experts",
+                _triton(
+                    static=ShapeRule(one_of=(0,)),
+                    symmetric=ShapeRule(one_of=(1,)),
+                    down_static=ShapeRule(one_of=(0,)),
+                    down_symmetric=ShapeRule(one_of=(1,)),
+                ),
             ),
         )
     ]

@@ -19,7 +19,11 @@ _MOVED = (
     ("model.language_model.", "language_model.model."),
 )
 """Qwen3-VL's modules are named either way, depending on the version of transformers that wrote the config."""
-_CLASSES = {"Linear": ("Linear", "LinearBase", "Module"), "Embedding": ("Embedding", "Module")}
+_CLASSES = {
+    "Linear": ("Linear", "LinearBase", "Module"),
+    "Router": ("Linear", "LinearBase", "Module"),
+    "Embedding": ("Embedding", "Module"),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,11 @@ class CompressedTensors:
         """The group by which the module is quantised; None where it is not.
 
         A targeted module that is stored as a plain weight without scales was not quantised, whatever the
-        config says: ignored names move between versions of transformers.
+        config says: ignored names move between versions of transformers. Where nothing is stored yet, a router
+        of experts is taken for not quantised, as in all published checkpoints.
         """
+        if stored is None and module == "Router":
+            return None
         group = self._matcher.group(name, module)
         if group is None or group.weights is None:
             return None

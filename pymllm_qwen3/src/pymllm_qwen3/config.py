@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from pymllm_core.errors import CheckpointError
 from pymllm_core.nn.rope import RopeConfig
 from pymllm_core.protocols.model import ModelShape
 
 DEFAULT_THETA = 1_000_000.0
+ConfigT = TypeVar("ConfigT", bound="Qwen3Config")
 
 
 class Qwen3Config(BaseModel):
@@ -35,7 +37,7 @@ class Qwen3Config(BaseModel):
     rope: RopeConfig
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Qwen3Config:
+    def read(cls: type[ConfigT], config: Mapping[str, Any]) -> ConfigT:
         """From config.json. Raises CheckpointError naming each field at fault."""
         # An absent head_dim is 128, as in transformers' Qwen3Config; every published config names it.
         fields = {**config, "head_dim": config.get("head_dim") or 128}
@@ -71,3 +73,40 @@ class Qwen3Config(BaseModel):
             vocab_size=self.vocab_size,
             max_positions=max(self.max_position_embeddings, int(stretched)),
         )
+
+
+class Qwen3MoeConfig(Qwen3Config):
+    """Fields of Qwen3 with routed experts. Layers without them have an MLP of `intermediate_size`.
+
+    transformers 5 writes ``num_local_experts`` for ``num_experts``. Absent fields are what transformers' class
+    takes for them.
+    """
+
+    num_experts: int = Field(gt=0, validation_alias=AliasChoices("num_experts", "num_local_experts"))
+    num_experts_per_tok: int = Field(gt=0)
+    moe_intermediate_size: int = Field(gt=0)
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = Field(1, gt=0)
+    mlp_only_layers: tuple[NonNegativeInt, ...] = ()
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Qwen3MoeConfig:
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            config = {**config, "head_dim": config.get("head_dim") or hidden // heads}
+        read = super().read({**config, "mlp_only_layers": config.get("mlp_only_layers") or ()})
+        if read.num_experts_per_tok > read.num_experts:
+            raise CheckpointError(
+                f"config.json: num_experts_per_tok={read.num_experts_per_tok} is more than "
+                f"num_experts={read.num_experts}"
+            )
+        return read
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether decoder layer `layer` has experts (transformers' Qwen3MoeDecoderLayer)."""
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+    def shape(self) -> ModelShape:
+        # An expert's hidden row of gate and up, their product and the result, for each expert of a token.
+        width = self.num_experts_per_tok * (3 * self.moe_intermediate_size + self.hidden_size)
+        return dataclasses.replace(super().shape(), routed_width=width)

@@ -12,11 +12,12 @@ CONTRACT = "1.0"
 def pymllm_models() -> list[ModelSpec]:
     return [
         ModelSpec(
-            name="Qwen3ForCausalLM",
-            implementation="pymllm_qwen3.text:Qwen3ForCausalLM",
+            name=name,
+            implementation=f"pymllm_qwen3.{module}:{name}",
             reasoning_parser="qwen3",
             tool_call_parser="hermes",
         )
+        for name, module in (("Qwen3ForCausalLM", "text"), ("Qwen3MoeForCausalLM", "moe"))
     ]
 
 

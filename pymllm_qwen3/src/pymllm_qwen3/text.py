@@ -39,11 +39,17 @@ class DecoderLayer:
         )
         self.o = builder.linear(f"{prefix}.self_attn", {"o_proj": hidden}, q_width, bias=bias)
         self.post_norm = builder.norm(f"{prefix}.post_attention_layernorm", hidden, eps)
-        width = config.intermediate_size
-        self.gate_up = builder.linear(
-            f"{prefix}.mlp", {"gate_proj": width, "up_proj": width}, hidden, act="silu_mul"
-        )
-        self.down = builder.linear(f"{prefix}.mlp", {"down_proj": hidden}, width)
+        self.build_mlp(config, builder, f"{prefix}.mlp")
+
+    def build_mlp(self, config: Qwen3Config, builder: Builder, prefix: str) -> None:
+        hidden, width = config.hidden_size, config.intermediate_size
+        self.gate_up = builder.linear(prefix, {"gate_proj": width, "up_proj": width}, hidden, act="silu_mul")
+        self.down = builder.linear(prefix, {"down_proj": hidden}, width)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """norm, MLP and residual of x [T, hidden]."""
+        h = self.gate_up(x, norm=self.post_norm)
+        return self.down(h, residual=x)
 
     def __call__(self, x: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
         """rows: those of which the result is wanted, None for all."""
@@ -53,23 +59,28 @@ class DecoderLayer:
             a, x = a[rows], x[rows]
             if not len(rows):
                 return x  # the keys and values are cached; nobody asks for more
-        x = self.o(a, residual=x)
-        h = self.gate_up(x, norm=self.post_norm)
-        return self.down(h, residual=x)
+        return self.mlp(self.o(a, residual=x))
 
 
 class Qwen3ForCausalLM:
     """The `Model` of architecture ``Qwen3ForCausalLM``."""
 
+    config_class: type[Qwen3Config] = Qwen3Config
+
     @classmethod
     def shape(cls, config: Mapping[str, Any]) -> ModelShape:
-        return Qwen3Config.read(config).shape()
+        return cls.config_class.read(config).shape()
+
+    @staticmethod
+    def layer(config: Any, builder: Builder, index: int, rotary: Rotary) -> DecoderLayer:
+        """Build decoder layer `index`."""
+        return DecoderLayer(config, builder, index, rotary)
 
     def __init__(self, config: Mapping[str, Any], builder: Builder) -> None:
-        c = Qwen3Config.read(config)
+        c = self.config_class.read(config)
         self.embed = builder.embedding("model.embed_tokens", c.vocab_size, c.hidden_size)
         rotary = builder.rotary(c.rope, c.head_dim, c.max_position_embeddings)
-        self.layers = [DecoderLayer(c, builder, index, rotary) for index in range(c.num_hidden_layers)]
+        self.layers = [self.layer(c, builder, index, rotary) for index in range(c.num_hidden_layers)]
         self.norm = builder.norm("model.norm", c.hidden_size, c.rms_norm_eps)
         self.head = builder.lm_head("lm_head", self.embed, tied=c.tie_word_embeddings)
 

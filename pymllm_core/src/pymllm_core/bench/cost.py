@@ -6,17 +6,19 @@ counted are activations, which stay in caches, and what a kernel reads beside th
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pymllm_core.nn import ops
-from pymllm_core.nn.builder import Builder
+from pymllm_core.nn.builder import Builder, Node
 from pymllm_core.nn.embedding import Embedding, QuantisedEmbedding
 from pymllm_core.nn.linear import Linear
+from pymllm_core.nn.moe import Expert, StackedExpert
 from pymllm_core.nn.split_linear import SplitLinear
 from pymllm_core.protocols.model import ModelShape
+from pymllm_core.protocols.quant import LinearLayer, LinearScheme
 
 if TYPE_CHECKING:
     from pymllm_core.engine.build import Assembly
@@ -49,10 +51,11 @@ class ModelCost:
         self._shape = shape
         self._dtype = dtype
         self._kv_bytes = kv_bytes
-        self.weight_bytes = 0
-        """Of all weights that every step reads once: everything but the embedding's rows."""
+        # Bytes of what every step reads, and of routed experts by the share of the tokens that need them.
+        self._fixed = 0
+        self._routed: Counter[float] = Counter()
         self._embedding_row = 0.0
-        self._products: Counter[str] = Counter()
+        self._products: defaultdict[str, float] = defaultdict(float)
         self._head: Counter[str] = Counter()
         for node in builder.nodes:
             size = (
@@ -63,13 +66,24 @@ class ModelCost:
             if isinstance(node, Embedding | QuantisedEmbedding):
                 self._embedding_row += size / node.vocab_size
                 continue
-            self.weight_bytes += size
-            linears = node.parts if isinstance(node, SplitLinear) else [node]
-            for linear in linears:
-                if isinstance(linear, Linear):
-                    kind = INT8 if linear.scheme.operation == ops.W8A8_LINEAR else self._dtype
-                    into = self._head if node is builder.head else self._products
-                    into[kind] += 2 * linear.layer.in_features * linear.layer.out_features
+            share = 1.0
+            if isinstance(node, Expert | StackedExpert):
+                share = node.active_share
+                self._routed[share] += size
+            else:
+                self._fixed += size
+            for layer, scheme in _formats(node):
+                kind = INT8 if scheme.operation == ops.W8A8_LINEAR else self._dtype
+                count = 2 * layer.in_features * layer.out_features
+                if node is builder.head:
+                    self._head[kind] += count
+                else:
+                    self._products[kind] += count * share
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights that a step of one token reads: everything but the embedding's rows and idle experts."""
+        return round(self._fixed + sum(size * share for share, size in self._routed.items()))
 
     @classmethod
     def of(cls, assembly: Assembly) -> ModelCost:
@@ -95,7 +109,17 @@ class ModelCost:
         # Scores, and the weighted sum of values: 2 · head_dim operations a pair each.
         attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs
         flops[self._dtype] = flops.get(self._dtype, 0) + attention
-        return Work(self.weight_bytes + tokens * self._embedding_row + cached * self._kv_bytes, flops)
+        # A step reads those experts that at least one of its tokens needs, as if tokens chose independently.
+        routed = sum(size * (1 - (1 - share) ** tokens) for share, size in self._routed.items())
+        return Work(self._fixed + routed + tokens * self._embedding_row + cached * self._kv_bytes, flops)
+
+
+def _formats(node: Node) -> list[tuple[LinearLayer, LinearScheme]]:
+    """The products of a node, and how their weights are stored."""
+    if isinstance(node, Expert | StackedExpert):
+        return node.formats
+    linears = node.parts if isinstance(node, SplitLinear) else [node]
+    return [(linear.layer, linear.scheme) for linear in linears if isinstance(linear, Linear)]
 
 
 def mean_context(input_len: int, output_len: int) -> float:

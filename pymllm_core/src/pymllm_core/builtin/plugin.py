@@ -65,6 +65,17 @@ def pymllm_kernels() -> list[KernelSpec]:
         KernelSpec(
             operation="attention_prep", name="torch", implementation=f"{kernels}:torch_attention_prep"
         ),
+        KernelSpec(operation="moe_route", name="torch", implementation=f"{kernels}:torch_route"),
+        *(
+            KernelSpec(operation=operation, name="one-by-one", implementation="pymllm_core.nn.moe:OneByOne")
+            for operation in (
+                "moe_experts",
+                "w4a16_moe_experts",
+                "w8a16_moe_experts",
+                "w8a8_moe_experts",
+                "mixed_moe_experts",
+            )
+        ),
     ]
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pymllm_core.nn import ops
+from pymllm_core.nn import moe_ops, ops
 from pymllm_core.protocols.kernel import Norm
 
 
@@ -58,6 +58,11 @@ class OneDnnLinear:
 def torch_attention_prep() -> ops.AttentionPrep:
     """``attention_prep`` by its definition."""
     return ops.attention_prep
+
+
+def torch_route() -> moe_ops.Route:
+    """``moe_route`` by its definition."""
+    return moe_ops.route
 
 
 def self_check() -> str:

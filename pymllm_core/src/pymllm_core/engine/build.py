@@ -111,7 +111,11 @@ def assemble(
         fraction=server.mem_fraction_static or _DEFAULT_FRACTION[device.type],
         weights=builder.weight_bytes,
         workspace=workspace_bytes(shape, running, prefill, torch_dtype(dtype).itemsize),
-        graphs=graph_bytes(shape, running) if device.type == "cuda" and not server.disable_cuda_graph else 0,
+        graphs=(
+            graph_bytes(shape, running)
+            if device.type == "cuda" and builder.graph_safe and not server.disable_cuda_graph
+            else 0
+        ),
         kv_bytes_per_token=kv_bytes_per_token(shape, kv_dtype),
         page_size=server.radix_cache_page_size,
         wanted_tokens=server.max_total_tokens,
@@ -212,8 +216,12 @@ def build_engine(
                 kv_dtype=torch_dtype(plan.kv_dtype),
                 device=device,
                 overlap=overlap,
-                graph_sizes=_graph_sizes(plan, attention),
-                graph_pieces=plan.device.type == "cuda" and not server.disable_cuda_graph,
+                graph_sizes=_graph_sizes(plan, assembly.builder, attention),
+                graph_pieces=(
+                    plan.device.type == "cuda"
+                    and assembly.builder.graph_safe
+                    and not server.disable_cuda_graph
+                ),
             ),
             shape,
             assembly.model,
@@ -235,7 +243,7 @@ def build_engine(
     return Engine(plan, processor, scheduler, runner, overlap=overlap)
 
 
-def _graph_sizes(plan: Plan, attention: AttentionBackend) -> tuple[int, ...]:
+def _graph_sizes(plan: Plan, builder: Builder, attention: AttentionBackend) -> tuple[int, ...]:
     """The numbers of sequences for which decode steps are captured; none where they cannot be."""
     if plan.device.type != "cuda" or plan.settings.server.disable_cuda_graph:
         return ()
@@ -243,6 +251,12 @@ def _graph_sizes(plan: Plan, attention: AttentionBackend) -> tuple[int, ...]:
         logger.warning(
             "decode steps are launched kernel by kernel: the attention backend %s cannot be captured",
             plan.attention.spec.name,
+        )
+        return ()
+    if not builder.graph_safe:
+        logger.warning(
+            "decode steps are launched kernel by kernel: the routed experts are served one by one, see the "
+            "kernels of `pymllm plan`"
         )
         return ()
     return graph_sizes(plan.limits.max_running_requests)

@@ -188,10 +188,11 @@ def choose_parser(
 def workspace_bytes(shape: ModelShape, running: int, prefill: int, itemsize: int) -> int:
     """An upper estimate of what a step needs beside weights and KV, in bytes.
 
-    Logits in float32 with two copies while sampling, and about 16 hidden-sized rows for each token.
+    Logits in float32 with two copies while sampling, about 16 hidden-sized rows for each token, and what its
+    routed experts hold.
     """
-    tokens = prefill + running
-    return 3 * running * shape.vocab_size * 4 + 16 * tokens * shape.hidden_size * itemsize
+    width = 16 * shape.hidden_size + shape.routed_width
+    return 3 * running * shape.vocab_size * 4 + (prefill + running) * width * itemsize
 
 
 def graph_bytes(shape: ModelShape, running: int) -> int:
@@ -200,7 +201,8 @@ def graph_bytes(shape: ModelShape, running: int) -> int:
     All sizes share one pool, as large as the largest needs: its logits in float32, and its activations, which
     are small beside them. Each graph takes a few megabytes of the driver's memory.
     """
-    return running * (shape.vocab_size * 4 + 64 * shape.hidden_size) + len(graph_sizes(running)) * (4 << 20)
+    row = 4 * (shape.vocab_size + 16 * shape.hidden_size + shape.routed_width)
+    return running * row + len(graph_sizes(running)) * (4 << 20)
 
 
 def unused_settings(settings: Settings, device: DeviceInfo, dtype: str) -> list[str]:

@@ -11,7 +11,11 @@ from torch import Tensor
 from pymllm_core.engine.checkpoint import Checkpoint
 from pymllm_core.engine.status import Cancelled, Progress, ProgressCallback
 from pymllm_core.nn.builder import Builder
+from pymllm_core.nn.memory import return_freed_memory
 from pymllm_core.protocols.quant import Reader, WeightSlot
+
+TRIM_AFTER = 32 << 20
+"""Bytes of weights after which what loading freed is given back to the system; half a millisecond each."""
 
 
 def load_weights(
@@ -36,13 +40,18 @@ def load_weights(
     # Of what is read: a node may keep less (an output head that is quantised as it is loaded).
     total, done = sum(slot.num_bytes for node in builder.nodes for slot in node.slots()), 0
     progress(Progress("loading weights", 0, total))
+    kept = 0
     for node in builder.nodes:
         if cancel.is_set():
             raise Cancelled("loading was interrupted")
         node.load(read, device)
         if checkpoint is not None:
             checkpoint.release()
-        done += sum(slot.num_bytes for slot in node.slots())
+        size = sum(slot.num_bytes for slot in node.slots())
+        done, kept = done + size, kept + size
+        if kept >= TRIM_AFTER:
+            return_freed_memory()
+            kept = 0
         progress(Progress("loading weights", done, total))
 
 

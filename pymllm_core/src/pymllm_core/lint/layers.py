@@ -15,6 +15,7 @@ from pymllm_core.nn.attention import Attention
 from pymllm_core.nn.builder import Builder
 from pymllm_core.nn.embedding import Embedding, QuantisedEmbedding
 from pymllm_core.nn.linear import Linear
+from pymllm_core.nn.moe import ONE_BY_ONE, Experts, Formats, Pair
 from pymllm_core.nn.split_linear import SplitLinear
 from pymllm_core.plugins import Registry
 from pymllm_core.protocols.quant import LinearLayer, LinearPart, LinearScheme
@@ -29,6 +30,7 @@ class ChosenKernel:
     """Stands for a kernel that was chosen and not loaded; choice None: none fits."""
 
     fuses: frozenset[str] = frozenset()
+    graph_safe = True
 
     def __init__(self, choice: Choice[KernelSpec] | None) -> None:
         self.choice = choice
@@ -85,11 +87,27 @@ class LintBuilder(Builder):
         self.refused: dict[LinearLayer, str] = {}
         self.attentions: list[int] = []
 
-    def linear(self, *args: Any, **fields: Any) -> Linear | SplitLinear:
-        made = super().linear(*args, **fields)
+    def _linear(self, layer: LinearLayer, formats: Formats) -> Linear | SplitLinear:
+        made = super()._linear(layer, formats)
         if isinstance(made, SplitLinear):
-            self.split.append(made.layer)
+            self.split.append(layer)
         return made
+
+    def _experts(
+        self,
+        operation: str,
+        shape: Mapping[str, int],
+        layers: list[Pair[LinearLayer]],
+        formats: list[Pair[Formats]],
+        share: float,
+    ) -> Experts:
+        kernel: Any = self._kernel(operation, shape)  # a ChosenKernel, in the place of any
+        if kernel.choice is None or kernel.choice.spec.implementation == ONE_BY_ONE:
+            return self._single_experts(layers, formats, share)
+        for gate_up, down in formats:
+            for layer, scheme in (*gate_up, *down):
+                self._note(layer, scheme, operation, kernel.choice, Linear(layer, scheme, kernel))
+        return self._stacked_experts(kernel, formats, share)
 
     def _make(self, layer: LinearLayer, scheme: LinearScheme | None = None) -> Linear:
         made = super()._make(layer, scheme)

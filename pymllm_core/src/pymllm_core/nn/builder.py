@@ -14,9 +14,22 @@ from pymllm_core.nn.attention import Attention
 from pymllm_core.nn.embedding import Embedding, EmbeddingNode, QuantisedEmbedding
 from pymllm_core.nn.int8_head import Int8HeadScheme
 from pymllm_core.nn.linear import DenseScheme, Linear
+from pymllm_core.nn.moe import (
+    Expert,
+    Experts,
+    Formats,
+    MoE,
+    OneByOne,
+    Pair,
+    SingleExperts,
+    StackedExpert,
+    StackedExperts,
+    common_format,
+)
 from pymllm_core.nn.norm import RMSNorm
 from pymllm_core.nn.rope import RopeConfig, Rotary
 from pymllm_core.nn.split_linear import SplitLinear
+from pymllm_core.protocols.kernel import ExpertsKernel
 from pymllm_core.protocols.quant import (
     LinearLayer,
     LinearPart,
@@ -32,7 +45,10 @@ KernelFactory = Callable[[str, Mapping[str, int]], Any]
 
 
 class Node(Protocol):
-    """A part of the graph that has weights."""
+    """A part of the graph that has weights.
+
+    One that not every token needs has an attribute `active_share`, the share of those that do (`nn.moe`).
+    """
 
     def slots(self) -> list[WeightSlot]: ...
 
@@ -48,6 +64,7 @@ class Builder:
     dtype: the computation's. max_positions: the longest sequence of this engine. kernel: see
     `KernelFactory`. quant: the checkpoint's quantisation method, None for none. stored: names and shapes of
     the checkpoint's tensors, None where they are not known. int8_head: quantise the output head at loading.
+    graph_safe: whether all nodes made so far may be captured in a CUDA graph.
     """
 
     def __init__(
@@ -64,6 +81,7 @@ class Builder:
         self.max_positions = max_positions
         self.nodes: list[Node] = []
         self.ignored: set[str] = set()
+        self.graph_safe = True
         self.head: Linear | None = None
         self._kernel = kernel
         self._quant = quant
@@ -89,10 +107,35 @@ class Builder:
             bias=bias,
             act=act,
         )
-        if self._quant is not None and not self._quant.fuses(layer, self._stored):
-            alone = [dataclasses.replace(layer, parts=(part,), act=None) for part in layer.parts]
-            return self._add(SplitLinear(layer, [self._make(part) for part in alone]))
-        return self._add(self._make(layer))
+        return self._add(self._linear(layer, self._formats(layer)))
+
+    def moe(
+        self,
+        prefix: str,
+        *,
+        hidden_size: int,
+        width: int,
+        num_experts: int,
+        top_k: int,
+        renormalise: bool,
+    ) -> MoE:
+        """The node of ``{prefix}.gate``, a router, and ``{prefix}.experts.N``, SwiGLUs of `width`.
+
+        renormalise: the weights of a token's experts sum to 1 (``norm_topk_prob``).
+        """
+        part = LinearPart(f"{prefix}.gate", num_experts)
+        router = self._add(self._make(LinearLayer((part,), hidden_size, module="Router")))
+        route = self._kernel(ops.MOE_ROUTE, {"experts": num_experts, "top_k": top_k})
+        layers: list[Pair[LinearLayer]] = []
+        for index in range(num_experts):
+            name = f"{prefix}.experts.{index}"
+            gate_up = (LinearPart(f"{name}.gate_proj", width), LinearPart(f"{name}.up_proj", width))
+            down = (LinearPart(f"{name}.down_proj", hidden_size),)
+            layers.append((LinearLayer(gate_up, hidden_size, act="silu_mul"), LinearLayer(down, width)))
+        formats = [(self._formats(gate_up), self._formats(down)) for gate_up, down in layers]
+        experts = self._experts(*common_format(formats, top_k), layers, formats, top_k / num_experts)
+        self.graph_safe = self.graph_safe and experts.graph_safe
+        return MoE(router, route, experts, top_k=top_k, renormalise=renormalise)
 
     def lm_head(self, name: str, embedding: EmbeddingNode, *, tied: bool) -> Linear:
         """The output head. A tied head reads the embedding's tensors; a stored copy of them is ignored.
@@ -121,6 +164,48 @@ class Builder:
             scheme = Int8HeadScheme(layer, self.dtype)
         self.head = self._add(self._make(layer, scheme))
         return self.head
+
+    def _experts(
+        self,
+        operation: str,
+        shape: Mapping[str, int],
+        layers: list[Pair[LinearLayer]],
+        formats: list[Pair[Formats]],
+        share: float,
+    ) -> Experts:
+        """By the kernel of `operation`, or by linears where that is `OneByOne`. Pairs: gate and up, and down."""
+        kernel = self._kernel(operation, shape)
+        if isinstance(kernel, OneByOne):
+            return self._single_experts(layers, formats, share)
+        return self._stacked_experts(kernel, formats, share)
+
+    def _single_experts(
+        self, layers: list[Pair[LinearLayer]], formats: list[Pair[Formats]], share: float
+    ) -> SingleExperts:
+        experts = []
+        for (gate_up, down), (first, second) in zip(layers, formats, strict=True):
+            expert = Expert(self._linear(gate_up, first), self._linear(down, second), share)
+            experts.append(self._add(expert))
+        return SingleExperts(experts)
+
+    def _stacked_experts(
+        self, kernel: ExpertsKernel, formats: list[Pair[Formats]], share: float
+    ) -> StackedExperts:
+        experts = StackedExperts(kernel, len(formats))
+        for index, (gate_up, down) in enumerate(formats):
+            self._add(StackedExpert(experts, index, [*gate_up, *down], share))
+        return experts
+
+    def _formats(self, layer: LinearLayer) -> Formats:
+        """How a fused linear is stored: as one, or each part by itself."""
+        layers = [layer]
+        if self._quant is not None and not self._quant.fuses(layer, self._stored):
+            layers = [dataclasses.replace(layer, parts=(part,), act=None) for part in layer.parts]
+        return [(one, self._scheme(one) or DenseScheme(one, self.dtype)) for one in layers]
+
+    def _linear(self, layer: LinearLayer, formats: Formats) -> Linear | SplitLinear:
+        linears = [self._make(*one) for one in formats]
+        return linears[0] if len(linears) == 1 else SplitLinear(layer, linears)
 
     def _make(self, layer: LinearLayer, scheme: LinearScheme | None = None) -> Linear:
         scheme = scheme or self._scheme(layer) or DenseScheme(layer, self.dtype)
@@ -162,7 +247,13 @@ class Builder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights; a tensor that two nodes read is counted twice where both keep a copy."""
-        return sum(
-            node.resident_bytes if isinstance(node, Linear) else sum(slot.num_bytes for slot in node.slots())
-            for node in self.nodes
-        )
+        return sum(map(_resident_bytes, self.nodes))
+
+    @property
+    def active_weight_bytes(self) -> int:
+        """Bytes of the weights that one token needs: of routed experts those of `top_k`, of all else all."""
+        return round(sum(_resident_bytes(node) * getattr(node, "active_share", 1.0) for node in self.nodes))
+
+
+def _resident_bytes(node: Node) -> int:
+    return node.resident_bytes if isinstance(node, Linear) else sum(slot.num_bytes for slot in node.slots())

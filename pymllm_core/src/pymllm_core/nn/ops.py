@@ -15,11 +15,17 @@ operation           tensors given to `pack`
                     ``input_scale`` and, where asymmetric, ``input_zero_point`` (float32, int32, no
                     dimensions); for asymmetric ones ``weight_sum`` [N] int32; optional ``bias``
 ``attention_prep``  none; see `attention_prep`
+``moe_route``       none; see `moe_ops.route`
+``moe_experts``     those of ``linear`` for all experts, see `protocols.kernel.ExpertsKernel`; likewise
+                    ``w4a16_moe_experts``, ``w8a16_moe_experts`` and ``w8a8_moe_experts``.
+                    ``mixed_moe_experts``: experts that are stored unlike, which only linears can serve
 ==================  =============================================================================
 
 Dimensions by which kernels are chosen, beside ``K`` and ``N``. ``w4a16_linear``, ``w8a16_linear``:
 ``group_size`` (K where one group is a whole row), ``groups`` (G), ``symmetric`` and ``g_idx`` (0 or 1).
 ``w8a8_linear``: ``static`` and ``symmetric``, of the activations (0 or 1). Definitions: `quant_ops`.
+Those of experts, defined in `moe_ops`: ``experts``, ``top_k``, ``K`` (the hidden size), ``N`` (rows of gate and
+up), those of the format for gate and up, and for down with ``down_`` before the name.
 """
 
 from __future__ import annotations
@@ -35,7 +41,16 @@ ATTENTION_PREP = "attention_prep"
 W4A16_LINEAR = "w4a16_linear"
 W8A16_LINEAR = "w8a16_linear"
 W8A8_LINEAR = "w8a8_linear"
-OPERATIONS = (LINEAR, W4A16_LINEAR, W8A16_LINEAR, W8A8_LINEAR, ATTENTION_PREP)
+MOE_ROUTE = "moe_route"
+MIXED_EXPERTS = "mixed_moe_experts"
+EXPERTS_OF = {
+    LINEAR: "moe_experts",
+    W4A16_LINEAR: "w4a16_moe_experts",
+    W8A16_LINEAR: "w8a16_moe_experts",
+    W8A8_LINEAR: "w8a8_moe_experts",
+}
+"""The operation of experts whose linears are of this one."""
+OPERATIONS = (*EXPERTS_OF, ATTENTION_PREP, MOE_ROUTE, *EXPERTS_OF.values(), MIXED_EXPERTS)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -40,3 +40,27 @@ class LinearKernel(Protocol):
         residual may be overwritten, and the result may lie in its memory: the caller has no more use for it.
         """
         ...
+
+
+class ExpertsKernel(Protocol):
+    """Routed experts of one format, all in one call; defined by `nn.moe_ops.moe_experts`.
+
+    graph_safe: `apply` neither reads the device nor depends on what the tensors hold, so that it may be captured
+    in a CUDA graph.
+    """
+
+    graph_safe: bool
+
+    def pack(self, gate_up: dict[str, Tensor], down: dict[str, Tensor]) -> Any:
+        """Repack the loaded tensors once. The caller drops its own references afterwards.
+
+        Each holds the tensors of the experts' linear, stacked: ``weight`` [E, N, K], ``scale`` [E, N, G], and so
+        on. The rows of gate_up are [gate; up].
+        """
+        ...
+
+    def apply(
+        self, x: Tensor, weights: Tensor, ids: Tensor, packed: Any, *, residual: Tensor | None = None
+    ) -> Tensor:
+        """x, residual: [T, H]; weights: [T, k] float32; ids: [T, k] integers. Returns [T, H] in x's dtype."""
+        ...

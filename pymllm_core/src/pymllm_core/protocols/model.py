@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class ModelShape:
     """What the engine must know before the model exists.
 
-    max_positions: the longest sequence that the positions allow.
+    max_positions: the longest sequence that the positions allow. routed_width: numbers that a layer of routed
+    experts holds for one token at a time, over all of its experts; 0 where there are none.
     """
 
     num_layers: int
@@ -28,6 +29,7 @@ class ModelShape:
     hidden_size: int
     vocab_size: int
     max_positions: int
+    routed_width: int = 0
 
 
 class Model(Protocol):

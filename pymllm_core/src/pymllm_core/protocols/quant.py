@@ -63,7 +63,9 @@ class LinearLayer:
     """A linear as the model asks for it: parts stacked along the rows, one input.
 
     act: None, or ``silu_mul`` where the parts are gate and up. module: the class of the parts in the
-    original model, by which configs may name them; ``Embedding`` for an embedding and a head tied to it.
+    original model, by which configs may name them; ``Embedding`` for an embedding and a head tied to it,
+    ``Router`` for the router of experts, which is a Linear in some versions of transformers and not in others,
+    and quantised only where the stored tensors say so.
     """
 
     parts: tuple[LinearPart, ...]

@@ -2,6 +2,8 @@
 // multiplying.
 #pragma once
 
+#include <algorithm>
+
 #include "vec.h"
 
 namespace pymllm {
@@ -17,8 +19,9 @@ constexpr int kRowTile = 12;
 enum Act : int64_t { kActNone = 0, kActSiluMul = 1 };
 
 // Mirrored by a ctypes.Structure in Python: all fields are 8 bytes wide.
-// weight: [tiles][dwords][32] dwords of consecutive k of one column, zero padded; linear_pack.cpp
-// says what a dword holds. With kActSiluMul a tile holds 16 gate rows and their 16 up rows, so
+// weight: [tiles][dwords][32] dwords of consecutive k of one column, zero padded; linear_pack.h
+// says what a dword holds. With a span of 4 the tiles stand in fours, the last in what is left of
+// them, whose dwords alternate: [dwords][4][32]. With kActSiluMul a tile holds 16 gate rows and their 16 up rows, so
 // that both operands of silu(gate) * up end in one thread's registers.
 // bias: [tiles][32] fp32 in the same column order, or null.
 struct PackedLinear {
@@ -28,9 +31,15 @@ struct PackedLinear {
     int64_t dwords;  // of one column
     int64_t tiles;
     int64_t act;
+    int64_t span;
 
-    const uint32_t* at(int64_t tile, int64_t dword) const {
-        return weight + (tile * dwords + dword) * kTileCols;
+    // From one dword of a column of tile `t` to the next.
+    int64_t step(int64_t t) const {
+        return std::min(span, tiles - t / span * span) * kTileCols;
+    }
+    const uint32_t* at(int64_t t, int64_t dword) const {
+        const int64_t first = t / span * span;
+        return weight + (first * dwords + t - first) * kTileCols + dword * step(t);
     }
 };
 

@@ -32,8 +32,8 @@ __m512i store_form(__m512i v) {
 }
 
 template <int64_t FORMAT>
-void pack_tile(const char* src, int64_t ld, int64_t bytes, const PackedLinear& to, int64_t t,
-               uint32_t* dst) {
+void pack_tile(const char* src, int64_t ld, int64_t bytes, const PackedLinear& to, int64_t t) {
+    auto* dst = const_cast<uint32_t*>(to.at(t, 0));
     for (int half = 0; half < kTileVecs; ++half) {
         for (int64_t d0 = 0; d0 < to.dwords; d0 += kLanes) {
             __m512i block[16];
@@ -43,7 +43,7 @@ void pack_tile(const char* src, int64_t ld, int64_t bytes, const PackedLinear& t
             }
             transpose16(block);
             for (int i = 0; i < kLanes && d0 + i < to.dwords; ++i) {
-                _mm512_storeu_si512(dst + (d0 + i) * kTileCols + half * kLanes,
+                _mm512_storeu_si512(dst + (d0 + i) * to.step(t) + half * kLanes,
                                     store_form<FORMAT>(block[i]));
             }
         }
@@ -64,7 +64,7 @@ extern "C" void pymllm_linear_pack(const char* src, int64_t ld, int64_t bytes,
     auto body = [&](int rank, int size) {
         const Range mine = share(to->tiles, rank, size);
         for (int64_t t = mine.begin; t < mine.end; ++t) {
-            pack(src, ld, bytes, *to, t, const_cast<uint32_t*>(to->at(t, 0)));
+            pack(src, ld, bytes, *to, t);
         }
     };
     parallel(threads, body);

@@ -11,7 +11,8 @@
 //   prepare(x, dst, k, note) a row in the form in which it is multiplied; returns where it lies: x,
 //                            or dst, which may be x and has room for k values of bf16 as well as for
 //                            the prepared row
-//   few_tiles(rows)          neighbouring tiles that up to 12 rows meet at once
+//   few_tiles(rows)          neighbouring tiles, from a multiple of it on, that up to 12 rows meet
+//                            at once
 //   few(...)                 up to 12 rows and one or few_tiles(rows) whole tiles
 //   multiply(...)            up to 12 of many rows and a block of one tile
 //   finish(...)              the sums of one row and tile as floats
@@ -179,9 +180,10 @@ void few_rows(const Format& format, const LinearCall& call, Range tiles, Panels<
     }
     // [tiles][rows][32]; the more rows, the fewer tiles at once.
     alignas(64) typename Format::Sum sums[kRowTile * kTileCols];
-    int at_once = Format::few_tiles(rows);
+    int at_once;
     for (int64_t t = tiles.begin; t < tiles.end; t += at_once) {
-        if (t + at_once > tiles.end) at_once = 1;
+        at_once = Format::few_tiles(rows);
+        if (t % at_once != 0 || t + at_once > tiles.end) at_once = 1;
         format.few(rows, at_once, panel, panels.notes, t, sums);
         for (int i = 0; i < at_once * rows; ++i) {
             finish_row(format, call, i % rows, t + i / rows, sums + i * kTileCols,

@@ -103,18 +103,18 @@ private:
     void unpack(int64_t t, int64_t d0, int64_t steps, uint32_t* to) const {
         const Codes codes;
         const uint32_t* from = packed.at(t, d0 / Codes::kPairs);
+        const int64_t step = packed.step(t);
         for (int64_t s = 0; s < steps; s += Codes::kPairs) {
 #pragma GCC unroll 2
             for (int v = 0; v < kTileVecs; ++v) {
-                _mm_prefetch(reinterpret_cast<const char*>(from + v * kLanes) + kAhead / 2,
-                             _MM_HINT_T0);
 #pragma GCC unroll 4
                 for (int j = 0; j < Codes::kPairs; ++j) {
                     _mm512_storeu_si512(to + j * kTileCols + v * kLanes,
                                         codes.pair(from + v * kLanes, j));
                 }
             }
-            from += kTileCols;
+            prefetch<kTileVecs>(from + kStepsAhead * step);
+            from += step;
             to += Codes::kPairs * kTileCols;
         }
     }

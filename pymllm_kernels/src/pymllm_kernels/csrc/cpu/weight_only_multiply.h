@@ -92,47 +92,30 @@ constexpr std::array<MultiplyGroups, kRowTile> groups_table(std::integer_sequenc
 }
 constexpr auto kMultiplyGroups = groups_table(std::make_integer_sequence<int, kRowTile>{});
 
-// The weights of NT tiles are read side by side. Unpacking fills the out-of-order window before
-// enough loads are under way, so the stream is prefetched: 16 dwords a column ahead, and at the
-// end of a tile from the tiles that follow (measured: a third faster than without).
-template <int NT>
-class Streams {
-public:
-    Streams(const PackedLinear& packed, int64_t t)
-        : w_(packed.at(t, 0)),
-          next_(w_ + kSteps * kTileCols),
-          stride_(packed.dwords * kTileCols),
-          left_(packed.dwords - kSteps) {}
+// Unpacking fills the out-of-order window before enough loads are under way, so the weights are
+// prefetched: 16 dwords a column, which are 8 KB of the four tiles that alternate. Measured on
+// Zen 5, one row reads 39 GB/s with this, 33 without, and 33 from four separate tiles.
+constexpr int64_t kStepsAhead = 16;
 
-    const uint32_t* vec(int v) const { return w_ + v / kTileVecs * stride_ + v % kTileVecs * kLanes; }
-
-    void advance() {
-        if (left_-- == 0) next_ += (NT - 1) * stride_;
+template <int LINES>
+inline void prefetch(const uint32_t* at) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NT * kTileVecs; ++v) {
-            _mm_prefetch(reinterpret_cast<const char*>(next_ + v / kTileVecs * stride_ +
-                                                       v % kTileVecs * kLanes),
-                         _MM_HINT_T0);
-        }
-        w_ += kTileCols;
-        next_ += kTileCols;
+    for (int i = 0; i < LINES; ++i) {
+        _mm_prefetch(reinterpret_cast<const char*>(at + i * kLanes), _MM_HINT_T0);
     }
+}
 
-private:
-    static constexpr int kSteps = 16;
-    const uint32_t* w_;
-    const uint32_t* next_;
-    int64_t stride_;
-    int64_t left_;
-};
-
-// MR rows and NT whole tiles, unpacked in registers. panel: [pairs][MR]. sums: [NT][MR][32].
+// MR rows and NT whole tiles side by side, unpacked in registers. panel: [pairs][MR]. sums: [NT][MR][32].
 template <typename Codes, int MR, int NT>
 void multiply_packed(const PackedWeightOnly& w, const uint32_t* panel, int64_t t,
                      const float* x_sums, float* sums) {
     constexpr int kVecs = NT * kTileVecs;
     const Codes codes;
-    Streams<NT> streams(w.linear, t);
+    const uint32_t* at = w.linear.at(t, 0);
+    // Where fewer than four tiles are read at once, memory has to deliver at an even pace, too: each
+    // step asks for as many dwords as it uses, of the four tiles that follow.
+    const uint32_t* next = w.linear.weight + (t + w.linear.span) * w.linear.dwords * kTileCols;
+    const int64_t step = w.linear.step(t);
     const int64_t steps = w.linear.dwords / w.groups;
     for (int64_t g = 0; g < w.groups; ++g) {
         __m512 acc[MR][kVecs];
@@ -146,7 +129,7 @@ void multiply_packed(const PackedWeightOnly& w, const uint32_t* panel, int64_t t
             for (int j = 0; j < Codes::kPairs; ++j) {
                 __m512i column[kVecs];
 #pragma GCC unroll 8
-                for (int v = 0; v < kVecs; ++v) column[v] = codes.pair(streams.vec(v), j);
+                for (int v = 0; v < kVecs; ++v) column[v] = codes.pair(at + v * kLanes, j);
 #pragma GCC unroll 16
                 for (int m = 0; m < MR; ++m) {
                     const __m512i row = _mm512_set1_epi32(static_cast<int>(panel[j * MR + m]));
@@ -155,7 +138,9 @@ void multiply_packed(const PackedWeightOnly& w, const uint32_t* panel, int64_t t
                 }
             }
             panel += Codes::kPairs * MR;
-            streams.advance();
+            prefetch<kVecs>(NT == 4 ? at + kStepsAhead * step : next);
+            at += step;
+            next += NT * kTileCols;
         }
         if (w.groups > 1) {
             add_group<MR, NT>(w, t, g, acc, x_sums, sums);
@@ -174,7 +159,7 @@ void multiply_packed(const PackedWeightOnly& w, const uint32_t* panel, int64_t t
 }
 
 // 8 chains hide the latency of the dot instruction and the unpacking before it.
-constexpr int few_tiles_of(int rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
+constexpr int few_tiles_of(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
 using MultiplyPacked = void (*)(const PackedWeightOnly&, const uint32_t*, int64_t, const float*,
                                 float*);
