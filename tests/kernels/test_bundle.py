@@ -6,7 +6,7 @@ import json
 import shutil
 import tarfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -145,7 +145,7 @@ def test_bundle_is_added_to_and_never_written_over_other_files(
 
 
 def test_jobs_are_bounded_by_memory_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12))
     for available, expected in ((8, 1), (9, 2), (1, 1), (100, 12)):
         monkeypatch.setattr(parallel, "memory_info", lambda free=available: (0, free << 30))
         assert parallel.job_limit(4 << 30) == expected
@@ -190,9 +190,11 @@ def test_failure_is_raised_and_nothing_is_started_after_it(sources: Path) -> Non
 
 # ---- commands ----
 
+Run = Callable[..., Result]
+
 
 @pytest.fixture
-def run(sources: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[object]:
+def run(sources: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Calls ``pymllm kernels`` where each device has two libraries of C++."""
 
     def recipes(capability: tuple[int, int], dtypes: Iterable[torch.dtype]) -> list[Recipe]:
@@ -208,8 +210,7 @@ def run(sources: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[object]:
     return call
 
 
-def test_build_and_list(run: object, tmp_path: Path) -> None:
-    assert callable(run)
+def test_build_and_list(run: Run, tmp_path: Path) -> None:
     before = json.loads(run("list", "--json", "--arch", "8.7").output)
     assert [(row["name"], row["state"]) for row in before] == [
         ("gemm87_bfloat16", "missing"),
@@ -229,9 +230,8 @@ def test_build_and_list(run: object, tmp_path: Path) -> None:
 
 
 def test_bundle_as_a_tar_file(
-    run: object, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert callable(run)
     file = tmp_path / "orin.tar.gz"
     output = run("build", "--arch", "8.7", "--dtype", "float16", "--out", str(file)).output
     assert f"bundle: {file}" in output
@@ -253,7 +253,6 @@ def test_bundle_as_a_tar_file(
         (("build",), "nothing to build for this machine"),
     ],
 )
-def test_what_cannot_be_built_says_why(run: object, arguments: tuple[str, ...], message: str) -> None:
-    assert callable(run)
+def test_what_cannot_be_built_says_why(run: Run, arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(*arguments)

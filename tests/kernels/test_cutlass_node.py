@@ -11,7 +11,8 @@ from torch import Tensor
 from w8a8_support import Case, check, exact_product
 
 from pymllm_core.nn import quant_ops
-from pymllm_kernels.cutlass import w8a8
+from pymllm_kernels.cutlass import gemm, w8a8
+from pymllm_kernels.cutlass.gemm import Int8GemmError
 from pymllm_kernels.cutlass.tiles import SM80_TILES
 from pymllm_kernels.cutlass.w8a8 import FEW_ROWS, CutlassW8A8, CutlassW8A8Half
 
@@ -33,10 +34,10 @@ class Product:
         a_scale: Tensor,
         b_scale: Tensor,
         *,
-        zero_point: Tensor | None,
-        b_sum: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
+        zero_point: Tensor | None = None,
+        b_sum: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         assert a.dtype == b.dtype == torch.int8
         assert a.is_contiguous()
@@ -115,3 +116,26 @@ def test_first_pack_compiles_once_for_its_device_and_dtype(monkeypatch: pytest.M
     for _ in range(2):
         node.pack(dict(tensors), act=None)
     assert asked == [(torch.float16, (8, 7))]
+
+
+def test_product_that_is_wrong_here_is_an_error_at_the_first_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong: Any = lambda a, *_: torch.zeros(a.shape[0], 16, dtype=torch.bfloat16)  # noqa: E731
+    monkeypatch.setattr(w8a8, "load_gemms", lambda *_: {SM80_TILES[0][0]: wrong})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 7))
+    tensors = {"weight": torch.ones(32, 64, dtype=torch.int8), "weight_scale": torch.ones(32)}
+    node = CutlassW8A8()
+    for _ in range(2):  # it stays one
+        with pytest.raises(Int8GemmError, match="of ones is wrong on cpu"):
+            node.pack(tensors, act=None)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (1, "not supported by this tile"),
+        (1035, "CUDA error 35: the driver is older"),
+        (1700, "error 700: see cuda"),
+    ],
+)
+def test_errors_of_a_launch_are_explained(status: int, message: str) -> None:
+    assert message in gemm._reason(status)

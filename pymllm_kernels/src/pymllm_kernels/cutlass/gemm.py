@@ -8,6 +8,8 @@ from ctypes import POINTER, byref, c_int, c_int32, c_int64, c_size_t, c_void_p
 import torch
 from torch import Tensor
 
+from pymllm_core.errors import PymllmError
+
 OUT_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """The types of D, as PYMLLM_OUT of csrc/cuda/int8_gemm.h numbers them."""
 
@@ -18,6 +20,12 @@ MAX_K = 1 << 16
 """Up to here int32 holds every sum: products of two codes are at most 2^14."""
 
 _CUDA_ERROR = 1000
+_OLD_DRIVER = "the driver is older than the CUDA release of the nvcc that compiled the library"
+_CUDA_HINTS = {
+    35: _OLD_DRIVER,  # cudaErrorInsufficientDriver
+    209: "the library was compiled for another device",  # cudaErrorNoKernelImageForDevice
+    222: _OLD_DRIVER,  # cudaErrorUnsupportedPtxVersion
+}
 _ERRORS = {
     1: "the shape is not supported by this tile",
     2: "the workspace is too small",
@@ -48,7 +56,7 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-class Int8GemmError(RuntimeError):
+class Int8GemmError(PymllmError, RuntimeError):
     """A product could not be launched; the message says which and why."""
 
 
@@ -169,7 +177,8 @@ class Int8Gemm:
 
 def _reason(status: int) -> str:
     if status > _CUDA_ERROR:
-        return f"CUDA error {status - _CUDA_ERROR} (cudaError_t; see cuda_runtime_api.h)"
+        code = status - _CUDA_ERROR
+        return f"CUDA error {code}: " + _CUDA_HINTS.get(code, "see cudaError_t in cuda_runtime_api.h")
     return _ERRORS.get(status, f"unknown status {status}")
 
 

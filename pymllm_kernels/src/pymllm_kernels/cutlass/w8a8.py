@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pymllm_core.protocols.kernel import Norm
-from pymllm_kernels.cutlass.gemm import Int8Gemm
+from pymllm_kernels.cutlass.gemm import Int8Gemm, Int8GemmError
 from pymllm_kernels.cutlass.library import load_gemms
 from pymllm_kernels.cutlass.tiles import Capability, Tile, choose_tile
 from pymllm_kernels.triton.launch import gpu
@@ -19,6 +20,19 @@ from pymllm_kernels.triton.w8a8 import Int8Weight, TritonW8A8
 
 FEW_ROWS = 16
 """Up to here the product is bound by reading the weights, and Triton's kernels do all in one or two launches."""
+
+
+def try_each(gemms: Iterable[Int8Gemm], device: torch.device) -> None:
+    """Launch every product once, because CUDA loads a kernel at its first launch: not while a graph is captured.
+
+    Raises Int8GemmError, e.g. where the driver is too old for the library, or where a product is wrong.
+    """
+    codes = torch.ones((16, 16), dtype=torch.int8, device=device)
+    ones = torch.ones(16, dtype=torch.float32, device=device)
+    for gemm in gemms:
+        out = gemm(codes, codes, ones, ones)
+        if not torch.equal(out, torch.full_like(out, 16)):
+            raise Int8GemmError(f"an int8 product of ones is wrong on {device}: {out.flatten()[:4].tolist()}")
 
 
 class CutlassW8A8(TritonW8A8):
@@ -36,11 +50,16 @@ class CutlassW8A8(TritonW8A8):
         self.capability: Capability = (0, 0)
 
     def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> Int8Weight:
-        """As `TritonW8A8.pack`. The first one compiles what is missing. Raises KernelBuildError."""
+        """As `TritonW8A8.pack`; the first one compiles what is missing.
+
+        Raises KernelBuildError where that fails, Int8GemmError where a product cannot run here.
+        """
         device = tensors["weight"].device
         if not self.gemms:
             self.capability = torch.cuda.get_device_capability(device)
-            self.gemms = load_gemms(self.dtype, self.capability)
+            gemms = load_gemms(self.dtype, self.capability)
+            try_each(gemms.values(), device)
+            self.gemms = gemms
         if "bias" in tensors:
             tensors = {**tensors, "bias": tensors["bias"].float()}
         return super().pack(tensors, act=act)
