@@ -57,7 +57,7 @@ COMBINATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "virtualenv"
-nox.options.sessions = ["lint", "types", *COMBINATIONS]
+nox.options.sessions = ["lint", "types", *COMBINATIONS, "cuda-build"]
 
 
 # ---- environments ----
@@ -203,6 +203,29 @@ def types(session: nox.Session) -> None:
 
 for _name in COMBINATIONS:
     nox.session(name=_name)(tests(_name))
+
+
+@nox.session(name="cuda-build")
+def cuda_build(session: nox.Session) -> None:
+    """Compile the CUDA sources without a GPU: the fastest tile of each (`-- all`: every tile, for minutes)."""
+    if sys.platform != "linux":
+        session.skip("NVIDIA's wheels of nvcc are for Linux")
+    if unknown := set(session.posargs) - {"all"}:
+        session.error(f"unknown arguments {sorted(unknown)}; the session knows all")
+    install(session, ("pymllm_core", "pymllm_kernels"), *group("test"), *group("cuda-build"))
+    # Its headers of CUTLASS are wanted, not what its Python part requires.
+    session.install("--no-deps", "nvidia-cutlass==4.2.0.0")
+    packages = Path(ask(session, "import sysconfig; print(sysconfig.get_path('purelib'))"))
+    session.run(
+        "pytest", f"--junitxml={REPORTS / 'cuda-build.xml'}", "tests/kernels/test_cuda_build.py",
+        env={
+            "PYTHONPATH": None, "PYTHONSAFEPATH": "1", "PYMLLM_CUDA_BUILD": "all" if session.posargs else "smallest",
+            # These, whatever else the machine has.
+            "CUDACXX": str(packages / "nvidia" / "cu13" / "bin" / "nvcc"),
+            "CUTLASS_HOME": str(packages / "cutlass_library" / "source"),
+            "PYMLLM_KERNELS_CACHE": session.create_tmp(), "PYMLLM_KERNELS_BUNDLE": None,
+        },
+    )  # fmt: skip
 
 
 @nox.session(venv_backend="none")

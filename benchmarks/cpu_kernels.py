@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import functools
 import json
+import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,7 +34,8 @@ from pymllm_core.protocols.kernel import LinearKernel
 from pymllm_kernels.cpu import CpuLinear, paged_attention, qk_norm_rope_write
 from pymllm_kernels.cpu_library import default_compiler, openmp_link_flags
 from pymllm_kernels.cpu_nodes import W4A16Node, W8A8Node, W8A16Node
-from pymllm_kernels.jit import load_shared_library
+from pymllm_kernels.jit import load_library
+from pymllm_kernels.recipe import Recipe, Toolchain
 
 ROTATED_BYTES = 200 << 20
 # Qwen3-0.6B: name, N, K
@@ -75,8 +77,11 @@ def read_all() -> Callable[[int, int, int], None]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "read_all.cpp"
         source.write_text(READ_SOURCE)
-        flags = ["-O3", "-mavx512f", "-shared", "-fPIC", *openmp_link_flags()]
-        library = load_shared_library("read_all", [source], default_compiler(), flags)
+        flags = ("-O3", "-mavx512f", "-shared", "-fPIC", *openmp_link_flags())
+        recipe = Recipe(
+            "read_all", (source,), flags, lambda: Toolchain(default_compiler()), platform.machine()
+        )
+        library = load_library(recipe)
     function: Callable[[int, int, int], None] = library.read_all
     library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     return function

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -118,6 +119,23 @@ def test_a_name_that_two_distributions_claim() -> None:
 )
 def test_needs(needs: dict[str, Any], want: Want, reason: str | None) -> None:
     assert backend("x", **needs).needs.reason(want) == reason
+
+
+def test_a_check_is_asked_last_and_its_reason_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Want] = []
+
+    def check(want: Want) -> str | None:
+        asked.append(want)
+        return None if want.dtype == "float32" else "it rains"
+
+    monkeypatch.setitem(sys.modules, "select_test_check", SimpleNamespace(check=check))
+    needs = Needs(devices=("cpu",), check="select_test_check:check")
+    assert needs.reason(replace(WANT, device=GPU)) == "runs on cpu, not on cuda"
+    assert asked == []
+    assert needs.reason(replace(WANT, dtype="float32")) is None
+    assert needs.reason(replace(WANT, dtype="bfloat16")) == "it rains"
+    with pytest.raises(PluginError, match="no_such_module"):
+        Needs(check="no_such_module:check").reason(WANT)
 
 
 @pytest.mark.parametrize("target", ["nowhere", "nowhere:x", "math:nothing", ":x", "math:"])

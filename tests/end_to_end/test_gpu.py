@@ -8,6 +8,7 @@ another order, so that nearer candidates than that are a tie.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import subprocess
@@ -82,12 +83,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert process.wait(timeout=30) == 0, log.read_text()
 
 
-@pytest.fixture(scope="module")
-def on_cpu() -> list[Any]:
-    """The reference: greedy answers on the CPU by PyTorch alone, with the two best candidates of each token."""
-    with LLM("demo", device="cpu", dtype="bfloat16", attention_backend="pytorch") as llm:
+@functools.cache
+def answers_on_cpu(model: str) -> list[Any]:
+    """Greedy answers on the CPU by PyTorch's attention, with the two best candidates of each token."""
+    with LLM(model, device="cpu", dtype="bfloat16", attention_backend="pytorch") as llm:
         params = SamplingParams(max_tokens=48, temperature=0.0, logprobs=2)
         return llm.chat([chat(p) for p in [*PROMPTS, LONG]], params)
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> list[Any]:
+    """The reference."""
+    return answers_on_cpu("demo")
 
 
 def assert_same_but_for_ties(tokens: tuple[int, ...], reference: Any) -> None:
@@ -163,10 +170,12 @@ def test_overlap_and_radix_do_not_change_answers(on_cpu: list[Any], overlap: boo
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("backend", ["flashinfer", "triton"])
-def test_answers_of_all_backends(on_cpu: list[Any], backend: str, graphs: bool) -> None:
+@pytest.mark.parametrize("model", ["demo", "demo-w8a8", "demo-w4a16"])
+def test_answers_of_all_backends(model: str, backend: str, graphs: bool) -> None:
     """All prompts at once, so that batches shrink through the sizes of the graphs; then sampled ones."""
+    on_cpu = answers_on_cpu(model)
     with LLM(
-        "demo",
+        model,
         device="cuda",
         attention_backend=backend,
         disable_cuda_graph=not graphs,

@@ -13,20 +13,20 @@ from pathlib import Path
 import pytest
 from cpu_support import needs_cpu_kernels
 
-from pymllm_kernels import jit
 from pymllm_kernels.cpu_library import default_compiler
-from pymllm_kernels.jit import KernelBuildError, build_shared_library, load_shared_library
+from pymllm_kernels.jit import build_library, checksum_file, load_library
+from pymllm_kernels.recipe import CACHE_ENV, KernelBuildError, Recipe, Toolchain, cache_root, sha256
 
 pytestmark = pytest.mark.skipif(
     shutil.which(default_compiler()) is None, reason=f"no C++ compiler {default_compiler()!r}"
 )
 
-FLAGS = ["-shared", "-fPIC"]
+FLAGS = ("-shared", "-fPIC")
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(jit.CACHE_ENV, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
     path = tmp_path / "src" / "answer.cpp"
     path.parent.mkdir()
     path.write_text('#include "value.h"\nextern "C" int answer() { return VALUE; }\n')
@@ -34,8 +34,19 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def recipe(
+    source: Path,
+    flags: tuple[str, ...] = FLAGS,
+    compiler: str | None = None,
+    identity: tuple[str, ...] = (),
+    arch: str = "here",
+) -> Recipe:
+    tools = Toolchain(compiler or default_compiler(), (), identity)
+    return Recipe("answer", (source,), flags, lambda: tools, arch)
+
+
 def build(source: Path) -> Path:
-    return build_shared_library("answer", [source], default_compiler(), FLAGS)
+    return build_library(recipe(source))
 
 
 def answer(library: Path) -> int:
@@ -58,7 +69,23 @@ def test_headers_and_flags_are_part_of_the_key(source: Path) -> None:
     changed = build(source)
     assert changed != library
     assert answer(changed) == 43
-    assert build_shared_library("answer", [source], default_compiler(), [*FLAGS, "-O1"]) != changed
+    assert build_library(recipe(source, (*FLAGS, "-O1"))) != changed
+
+
+def test_versions_of_other_headers_and_the_target_are_part_of_the_key(source: Path) -> None:
+    paths = {
+        build(source),
+        build_library(recipe(source, identity=("CUTLASS 4.5",))),
+        build_library(recipe(source, arch="sm_87")),
+    }
+    assert len(paths) == 3
+
+
+def test_forced_build_compiles_again(source: Path) -> None:
+    library = build(source)
+    stamp = library.stat().st_mtime_ns
+    assert build_library(recipe(source), anew=True) == library
+    assert library.stat().st_mtime_ns != stamp
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "no_checksum", "flip"])
@@ -80,8 +107,8 @@ def test_damaged_entry_is_rebuilt(source: Path, damage: str) -> None:
 def test_entry_that_does_not_load_is_rebuilt(source: Path) -> None:
     library = build(source)
     library.write_bytes(b"not a library")
-    jit._checksum_file(library).write_text(jit.hashlib.sha256(b"not a library").hexdigest())
-    loaded = load_shared_library("answer", [source], default_compiler(), FLAGS)
+    checksum_file(library).write_text(sha256(library))
+    loaded = load_library(recipe(source))
     assert isinstance(loaded, ctypes.CDLL)
     assert loaded.answer() == 42
 
@@ -95,9 +122,10 @@ def test_two_processes_at_once(source: Path, tmp_path: Path) -> None:
     )
     compiler.chmod(0o755)
     code = (
-        "from pathlib import Path; from pymllm_kernels.jit import build_shared_library;"
-        f"print(build_shared_library('answer', [Path({str(source)!r})], {str(compiler)!r},"
-        f" {FLAGS!r}))"
+        "from pathlib import Path; from pymllm_kernels.jit import build_library;"
+        "from pymllm_kernels.recipe import Recipe, Toolchain;"
+        f"tools = Toolchain({str(compiler)!r});"
+        f"print(build_library(Recipe('answer', (Path({str(source)!r}),), {FLAGS!r}, lambda: tools, 'here')))"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
@@ -111,14 +139,14 @@ def test_two_processes_at_once(source: Path, tmp_path: Path) -> None:
 
 def test_missing_compiler_says_what_to_install(source: Path) -> None:
     with pytest.raises(KernelBuildError, match=r"no compiler 'absent-c\+\+'.*apt install g\+\+"):
-        build_shared_library("answer", [source], "absent-c++", FLAGS)
+        build_library(recipe(source, compiler="absent-c++"))
 
 
 def test_compiler_errors_are_shown(source: Path) -> None:
     source.write_text("int broken( {\n")
     with pytest.raises(KernelBuildError, match=r"(?s)failed.*error:.*command:"):
         build(source)
-    leftovers = [p for p in (jit.cache_root() / "answer").iterdir() if p.suffix != ".lock"]
+    leftovers = [p for p in (cache_root() / "answer").iterdir() if p.suffix != ".lock"]
     assert leftovers == []
 
 
@@ -128,8 +156,8 @@ def test_unwritable_cache_names_the_variable(
 ) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    monkeypatch.setenv(jit.CACHE_ENV, str(closed))
-    with pytest.raises(KernelBuildError, match=jit.CACHE_ENV):
+    monkeypatch.setenv(CACHE_ENV, str(closed))
+    with pytest.raises(KernelBuildError, match=CACHE_ENV):
         build(source)
 
 

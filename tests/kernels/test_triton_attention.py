@@ -153,6 +153,7 @@ def attend(
     out = backend.attend(q, kv, ctx)
     # Softmax weights and the result are rounded once each.
     assert rel_error(out, expected(q, kv, ctx, scale)) < 2 * TINY[dtype]
+    assert not backend._counters.any(), "a captured graph would merge too early"
     assert torch.equal(out, backend.attend(q, kv, ctx)), "counters or partial results were left behind"
     return backend.splits(decodes, ctx.page_table.shape[1] * page)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pymllm_kernels.triton import w4a16, widened
 from pymllm_kernels.triton.linear_plan import MAX_FEW_ROWS, Blocks
 from pymllm_kernels.triton.quantize import StaticInput, quantize_rows
 from pymllm_kernels.triton.w4a16 import TritonW4A16
+from pymllm_kernels.triton.w4a16_kernels import widening
 from pymllm_kernels.triton.w8a8 import TritonW8A8
 from pymllm_kernels.triton.w8a16 import TritonW8A16
 
@@ -177,6 +179,36 @@ def test_w4a16_rows_of_large_sums_fit_float16() -> None:
     out = node.apply(x, weights, norm=(gain, 1e-6), out_dtype=F32)
     weight = quant_ops.dequantize(quant_ops.unpack_int4(packed, 256), scale.double())
     assert rel_error(out, rms_norm(x, gain, 1e-6) @ weight.T) < 2e-6 + TINY[torch.float16]
+
+
+@pytest.mark.parametrize("minus_eight", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_ptx_widens_every_code(dtype: torch.dtype, minus_eight: bool) -> None:
+    """The interpreter runs no PTX: here its few operations run on all words, in both halves of a register."""
+
+    def value(bits: Tensor) -> Tensor:
+        return bits.to(torch.int16).view(dtype).double()
+
+    words, zero = torch.arange(0, 1 << 16), 5
+    for nibble in range(4):
+        text = widening.fn(nibble, dtype == BF16, minus_eight)
+        shift = re.search(r"shr\.u32 t, \$1, (\d+);", text)
+        lop = re.search(r"lop3\.b32 t, t, (\w+), (\w+), 0xEA;", text)
+        one = re.search(r"mov\.b32 one, (\w+);", text)
+        off = re.search(r"mov\.b32 off, (\w+|\$2);", text)
+        assert lop
+        assert one
+        assert off
+        offset = torch.tensor(-(136 if dtype == BF16 else 1032) - zero, dtype=dtype).view(torch.int16).item()
+        for first in (words, words.flip(0)):
+            register = first | (words << 16)
+            t = ((register >> (int(shift[1]) if shift else 0)) & int(lop[1], 16)) | int(lop[2], 16)
+            for half, codes in ((0, first), (16, words)):
+                factor = int(one[1], 16) >> half & 0xFFFF
+                addend = int(off[1], 16) >> half & 0xFFFF if minus_eight else int(offset) & 0xFFFF
+                got = value(t >> half) * value(torch.tensor([factor])) + value(torch.tensor([addend]))
+                expected = (codes >> (4 * nibble) & 15) - 8 - (0 if minus_eight else zero)
+                assert torch.equal(got, expected.double())
 
 
 @pytest.mark.parametrize("rows", [1, 3, 35])

@@ -65,7 +65,8 @@ class Needs:
     cpu_flags: names as in /proc/cpuinfo. dtypes: computation dtypes. modules: importable optional
     dependencies, each with the pip requirement that provides it. programs: groups of commands, one of each
     group must be on the PATH ($CXX counts as a C++ compiler). shape: rules by dimension name;
-    a dimension that the situation does not name is not checked.
+    a dimension that the situation does not name is not checked. check: ``"module:function"`` for what cannot be
+    said as data; asked last, when all else fits, with the `Want`: it returns the reason against it or None.
     """
 
     devices: tuple[str, ...] = ()
@@ -76,6 +77,7 @@ class Needs:
     modules: Mapping[str, str] = field(default_factory=dict)
     programs: tuple[tuple[str, ...], ...] = ()
     shape: Mapping[str, ShapeRule] = field(default_factory=dict)
+    check: str | None = None
 
     def reason(self, want: Want) -> str | None:
         """Why this cannot serve `want`, or None where it can."""
@@ -105,6 +107,9 @@ class Needs:
             named = os.environ.get("CXX") if "c++" in group else None
             if not any(shutil.which(program) for program in (named, *group) if program):
                 return f"needs one of the programs {', '.join(group)}, and none is on the PATH"
+        if self.check is not None:
+            against: str | None = load_attribute(self.check)(want)
+            return against
         return None
 
 

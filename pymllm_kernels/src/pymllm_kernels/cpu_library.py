@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import re
 import shutil
 from ctypes import c_float, c_int, c_int64, c_void_p
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from pymllm_kernels.jit import load_shared_library
+from pymllm_kernels.jit import load_library
+from pymllm_kernels.recipe import Recipe, Toolchain
 
 #: /proc/cpuinfo flags without which the kernels must not be called.
 REQUIRED_CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"})
@@ -87,19 +89,25 @@ def _mapped_openmp_runtimes() -> list[Path]:
     return sorted(mapped, key=lambda p: (packages not in p.parents, str(p)))
 
 
+def cpu_recipe() -> Recipe:
+    """How the library of this machine's CPU is compiled."""
+    return Recipe(
+        name="pymllm_cpu",
+        sources=tuple(sorted(_SOURCES.glob("*.cpp"))),
+        flags=(*_FLAGS, *openmp_link_flags()),
+        toolchain=lambda: Toolchain(default_compiler()),
+        arch=platform.machine(),
+    )
+
+
 @functools.cache
 def cpu_library() -> ctypes.CDLL:
     """The loaded library, compiled first where the cache lacks it.
 
     Raises:
-        pymllm_kernels.jit.KernelBuildError: no compiler, or it fails.
+        pymllm_kernels.recipe.KernelBuildError: no compiler, or it fails.
     """
-    library = load_shared_library(
-        "pymllm_cpu",
-        sorted(_SOURCES.glob("*.cpp")),
-        default_compiler(),
-        [*_FLAGS, *openmp_link_flags()],
-    )
+    library = load_library(cpu_recipe())
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = arguments

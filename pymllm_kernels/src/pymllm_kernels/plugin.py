@@ -1,9 +1,9 @@
-"""Registers the CPU kernels and the Triton kernels for NVIDIA GPUs."""
+"""Registers the CPU kernels, and those of Triton and CUTLASS for NVIDIA GPUs."""
 
 from __future__ import annotations
 
 from pymllm_core.hookspecs import hookimpl
-from pymllm_core.specs import AttentionBackendSpec, KernelSpec, Needs, ShapeRule
+from pymllm_core.specs import AttentionBackendSpec, CommandSpec, KernelSpec, Needs, ShapeRule
 
 CONTRACT = "1.0"
 
@@ -72,6 +72,7 @@ def pymllm_kernels() -> list[KernelSpec]:
             priority=100,
         ),
         *_triton_kernels(),
+        *_cutlass_kernels(),
     ]
 
 
@@ -121,6 +122,32 @@ def _triton_kernels() -> list[KernelSpec]:
                     down_symmetric=ShapeRule(one_of=(1,)),
                 ),
             ),
+        )
+    ]
+
+
+def _cutlass_kernels() -> list[KernelSpec]:
+    """One for each dtype, because a library is compiled for one type of result."""
+    return [
+        KernelSpec(
+            operation="w8a8_linear",
+            name=name,
+            implementation=f"pymllm_kernels.cutlass.w8a8:{implementation}",
+            needs=Needs(
+                devices=("cuda",),
+                capability_min=(8, 0),
+                capability_max=(9, 0),
+                dtypes=(dtype,),
+                modules={"triton": "triton"},
+                # int32 holds every sum up to this K.
+                shape={"K": ShapeRule(multiple_of=16, maximum=1 << 16), "N": ShapeRule(multiple_of=16)},
+                check="pymllm_kernels.cutlass.library:why_not",
+            ),
+            priority=150,
+        )
+        for name, dtype, implementation in (
+            ("cutlass", "bfloat16", "CutlassW8A8"),
+            ("cutlass-float16", "float16", "CutlassW8A8Half"),
         )
     ]
 
@@ -175,4 +202,15 @@ def pymllm_attention_backends() -> list[AttentionBackendSpec]:
             needs=_triton(head_dim=ShapeRule(one_of=(16, 32, 64, 128, 256))),
             priority=100,
         ),
+    ]
+
+
+@hookimpl
+def pymllm_commands() -> list[CommandSpec]:
+    return [
+        CommandSpec(
+            name="kernels",
+            implementation="pymllm_kernels.commands:command",
+            help="list or compile the kernels",
+        )
     ]

@@ -22,6 +22,7 @@ def spec_to_json(spec: Spec) -> dict[str, Any]:
         "dtypes": list(spec.needs.dtypes),
         "modules": dict(spec.needs.modules),
         "shape": sorted(spec.needs.shape),
+        "check": spec.needs.check,
     }
     return {
         "name": spec.key,

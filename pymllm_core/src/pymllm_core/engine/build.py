@@ -167,6 +167,9 @@ def build_engine(
     plan, shape = assembly.plan, assembly.shape
     server = plan.settings.server
     device = torch.device(plan.device.torch_name)
+    if device.type == "cuda":
+        # Triton launches on the thread's current device, wherever the tensors are.
+        torch.cuda.set_device(device)
     if overlap is None:
         overlap = device.type == "cuda"
     progress(Progress("reading the tokenizer"))

@@ -46,12 +46,13 @@ def machine_findings(registry: Registry, wants: Iterable[tuple[str, Want]]) -> I
     for operation, want in wants:
         for kind, key, spec in specs:
             needs = spec.needs
-            if kind != operation or not (needs.modules or needs.programs):
+            if kind != operation or not (needs.modules or needs.programs or needs.check):
                 continue
-            if dataclasses.replace(needs, modules={}, programs=()).reason(want) is not None:
+            if dataclasses.replace(needs, modules={}, programs=(), check=None).reason(want) is not None:
                 continue
             reason = needs.reason(want)
             listed = [*needs.modules.values(), *(" or ".join(group) for group in needs.programs)]
+            listed += ["what their own check asks for"] if needs.check else []
             found = lacking[reason] if reason else here[", ".join(listed)]
             if key not in found:
                 found.append(key)

@@ -18,12 +18,12 @@ from pymllm_kernels.triton.attention_kernels import decode_kernel, prefill_kerne
 from pymllm_kernels.triton.decode_kernels import prepare_and_decode_kernel
 from pymllm_kernels.triton.launch import ceil_div, gpu, power_of_2
 
-MAX_SPLITS = 32
+MAX_SPLITS = 16
 """The last program of a sequence merges its splits alone, which takes longer than it saves with more."""
 
 
-LEAST_BLOCKS = 2
-"""Blocks of the cache that a split has at least: merging costs as much as reading some."""
+LEAST_BLOCKS = 1
+"""Blocks of the cache that a split has at least."""
 
 
 class TritonAttention:

@@ -28,6 +28,47 @@ def norm_rotate(
     return (low * cos - high * sin).to(dtype), (high * cos + low * sin).to(dtype)
 
 
+@triton.jit
+def load_block(
+    k_at,
+    v_at,
+    table,
+    place,
+    end,
+    col,
+    cache_stride,
+    PAGE: tl.constexpr,
+    HALF: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Keys and values [BLOCK, HALF], both halves of a head, of the tokens at `place` before `end`."""
+    valid = place < end
+    slot = slots_of(table, place, valid, PAGE)
+    cached = slot[:, None] * cache_stride + col[None, :]
+    mask = valid[:, None]
+    k_low = tl.load(k_at + cached, mask=mask, other=0.0).to(dtype)
+    k_high = tl.load(k_at + cached + HALF, mask=mask, other=0.0).to(dtype)
+    v_low = tl.load(v_at + cached, mask=mask, other=0.0).to(dtype)
+    v_high = tl.load(v_at + cached + HALF, mask=mask, other=0.0).to(dtype)
+    return k_low, k_high, v_low, v_high
+
+
+@triton.jit
+def attend_block(top, total, acc_low, acc_high, q_low, q_high, k_low, k_high, v_low, v_high, valid, scale):
+    """One step of the running softmax over a block of keys."""
+    scores = tl.dot(q_low, tl.trans(k_low))
+    scores = tl.dot(q_high, tl.trans(k_high), scores) * scale
+    scores = tl.where(valid[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    p = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, axis=1)
+    p = p.to(q_low.dtype)
+    acc_low = tl.dot(p, v_low, acc_low * shrink[:, None])
+    acc_high = tl.dot(p, v_high, acc_high * shrink[:, None])
+    return new_top, total, acc_low, acc_high
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def prepare_and_decode_kernel(
     qkv,
@@ -88,46 +129,45 @@ def prepare_and_decode_kernel(
     table = page_table + sequence * table_stride
     position = tl.load(positions + sequence)
     dtype: tl.constexpr = out.dtype.element_ty
+    k_at, v_at = k_cache + kv_head * DIM, v_cache + kv_head * DIM
+    # The first block is on its way before the projection is there.
+    k_low, k_high, v_low, v_high = load_block(
+        k_at, v_at, table, begin + column, end, col, cache_stride, PAGE, HALF, dtype
+    )
     angle = cos_sin + position * DIM + col
     cos = tl.load(angle).to(dtype).to(tl.float32)[None, :]
     sin = tl.load(angle + HALF).to(dtype).to(tl.float32)[None, :]
     if PDL:
         gdc_wait()
     mine = (row < GROUP)[:, None]
-    at = qkv + sequence * qkv_stride + (kv_head * GROUP + row)[:, None] * DIM + col[None, :]
-    low = tl.load(at, mask=mine, other=0.0).to(tl.float32)
-    high = tl.load(at + HALF, mask=mine, other=0.0).to(tl.float32)
+    q_at = qkv + sequence * qkv_stride + (kv_head * GROUP + row)[:, None] * DIM + col[None, :]
+    low = tl.load(q_at, mask=mine, other=0.0).to(tl.float32)
+    high = tl.load(q_at + HALF, mask=mine, other=0.0).to(tl.float32)
     q_low, q_high = norm_rotate(low, high, q_weight, col, cos, sin, eps, DIM, Q_NORM, dtype)
     top = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_G,), dtype=tl.float32)
     acc_low = tl.zeros((BLOCK_G, HALF), dtype=tl.float32)
     acc_high = tl.zeros((BLOCK_G, HALF), dtype=tl.float32)
-    for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
-        place = start + column
-        valid = place < end
-        slot = slots_of(table, place, valid, PAGE)
-        cached = slot[:, None] * cache_stride + kv_head * DIM + col[None, :]
-        k_low = tl.load(k_cache + cached, mask=valid[:, None], other=0.0).to(dtype)
-        k_high = tl.load(k_cache + cached + HALF, mask=valid[:, None], other=0.0).to(dtype)
-        v_low = tl.load(v_cache + cached, mask=valid[:, None], other=0.0).to(dtype)
-        v_high = tl.load(v_cache + cached + HALF, mask=valid[:, None], other=0.0).to(dtype)
-        scores = tl.dot(q_low, tl.trans(k_low))
-        scores = tl.dot(q_high, tl.trans(k_high), scores) * scale
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, axis=1)
-        acc_low = tl.dot(p.to(dtype), v_low, acc_low * shrink[:, None])
-        acc_high = tl.dot(p.to(dtype), v_high, acc_high * shrink[:, None])
-        top = new_top
+    if begin < end:
+        valid = begin + column < end
+        top, total, acc_low, acc_high = attend_block(
+            top, total, acc_low, acc_high, q_low, q_high, k_low, k_high, v_low, v_high, valid, scale
+        )
+    for start in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
+        k_low, k_high, v_low, v_high = load_block(
+            k_at, v_at, table, start + column, end, col, cache_stride, PAGE, HALF, dtype
+        )
+        valid = start + column < end
+        top, total, acc_low, acc_high = attend_block(
+            top, total, acc_low, acc_high, q_low, q_high, k_low, k_high, v_low, v_high, valid, scale
+        )
     if split == active - 1:
         one = tl.arange(0, 1)
-        k_at = qkv + sequence * qkv_stride + (HEADS + kv_head + one)[:, None] * DIM + col[None, :]
-        raw_low, raw_high = tl.load(k_at).to(tl.float32), tl.load(k_at + HALF).to(tl.float32)
+        new_at = qkv + sequence * qkv_stride + (HEADS + kv_head + one)[:, None] * DIM + col[None, :]
+        raw_low, raw_high = tl.load(new_at).to(tl.float32), tl.load(new_at + HALF).to(tl.float32)
         new_low, new_high = norm_rotate(raw_low, raw_high, k_weight, col, cos, sin, eps, DIM, K_NORM, dtype)
-        v_at = k_at + KV_HEADS * DIM
-        value_low, value_high = tl.load(v_at), tl.load(v_at + HALF)
+        new_at += KV_HEADS * DIM
+        value_low, value_high = tl.load(new_at), tl.load(new_at + HALF)
         # A token with a negative slot is padding and is written nowhere.
         home = tl.load(slots + sequence)
         to = home * cache_stride + (kv_head + one)[:, None] * DIM + col[None, :]

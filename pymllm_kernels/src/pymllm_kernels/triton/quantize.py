@@ -79,7 +79,7 @@ def quantize_rows_kernel(
     ASYMMETRIC: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row a program. codes: [M, K] int8; scales, zeros: [M] float32."""
+    """One row a program. codes: [M, K] int8; scales: [M] float32; zeros: [M] float32 or int32."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -113,13 +113,21 @@ class StaticInput:
 
 
 def quantize_rows(
-    x: Tensor, norm: Norm | None, static: StaticInput, *, asymmetric: bool
+    x: Tensor,
+    norm: Norm | None,
+    static: StaticInput,
+    *,
+    asymmetric: bool,
+    zero_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """norm(x) [M, K] as codes [M, K] int8, scales [M] and, where asymmetric, zero points [M], float32."""
+    """norm(x) [M, K] as codes [M, K] int8, scales [M] float32 and, where asymmetric, zero points [M].
+
+    zero_dtype: of the zero points, which are whole numbers; float32 or int32.
+    """
     (rows, columns), device = x.shape, x.device
     codes = torch.empty((rows, columns), dtype=torch.int8, device=device)
     scales = torch.empty(rows, dtype=torch.float32, device=device)
-    zeros = torch.empty(rows, dtype=torch.float32, device=device) if asymmetric else None
+    zeros = torch.empty(rows, dtype=zero_dtype, device=device) if asymmetric else None
     norm_weight, eps = norm or (None, 0.0)
     block = power_of_2(columns)
     pdl = gpu(device).pdl

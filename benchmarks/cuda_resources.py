@@ -1,0 +1,140 @@
+"""Compiles every CUDA source for GPUs that need not be there, and writes down what it takes.
+
+    python benchmarks/cuda_resources.py [--capabilities 8.0,8.7,8.9,9.0 | --tiles 8.7:64x128x128-32x64-3 ...]
+                                        [--rows rows.jsonl] [--write docs/reference/cuda-kernels.md]
+
+Prints a Markdown table of what ptxas says of each kernel: registers a thread, bytes of shared memory a block,
+bytes spilled. Ends with an error where one spills or asks for more than its device has. Compiles through the
+cache, so a second run takes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pymllm_kernels.cutlass.library import recipe
+from pymllm_kernels.cutlass.tiles import Capability, Tile, tile_named, tiles_for
+from pymllm_kernels.cutlass.toolchain import cutlass_version, find_cutlass, find_nvcc
+from pymllm_kernels.jit import build_library, compiler_version
+from pymllm_kernels.parallel import build_all
+
+SHARED_LIMIT: dict[Capability, int] = {
+    (8, 0): 163 << 10,
+    (8, 6): 99 << 10,
+    (8, 7): 163 << 10,
+    (8, 9): 99 << 10,
+    (9, 0): 227 << 10,
+}
+"""Bytes that a block may have (CUDA C++ Programming Guide, Technical Specifications per Compute Capability)."""
+
+_PROPERTIES = re.compile(
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def resources(tile: Tile, capability: Capability) -> dict[str, Any]:
+    """One row: what a tile takes on a device. Compiles it where the cache lacks it."""
+    library = build_library(recipe(tile, torch.bfloat16, capability))
+    log = (library.parent / "compiler.log").read_text()
+    # A tile is one kernel; CUTLASS's helpers beside it, where there are any, are far smaller.
+    found = max(_PROPERTIES.finditer(log), key=lambda match: int(match["registers"]), default=None)
+    if found is None:
+        raise SystemExit(f"ptxas says nothing of registers in {library.parent / 'compiler.log'}:\n{log}")
+    shared = ctypes.CDLL(str(library)).pymllm_int8_gemm_shared_memory
+    shared.restype = ctypes.c_size_t
+    return {
+        "capability": f"{capability[0]}.{capability[1]}",
+        "kernel": "int8_gemm",
+        "tile": tile.name,
+        "registers": int(found["registers"]),
+        "shared": int(shared()),
+        "shared_limit": SHARED_LIMIT[capability],
+        "spill_stores": int(found["stores"]),
+        "spill_loads": int(found["loads"]),
+        "stack": int(found["stack"]),
+        "library_bytes": library.stat().st_size,
+    }
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row."""
+    found = []
+    if row["shared"] > row["shared_limit"]:
+        found.append(f"takes {row['shared']} bytes of shared memory, a block has {row['shared_limit']}")
+    if row["spill_stores"] or row["spill_loads"]:
+        found.append(f"spills {row['spill_stores']} bytes")
+    return [f"{row['kernel']} {row['tile']} at {row['capability']} {fault}" for fault in found]
+
+
+def line(row: dict[str, Any]) -> str:
+    return (
+        f"| {row['capability']} | `{row['kernel']}` | {row['tile']} | {row['registers']} | {row['shared']} "
+        f"| {row['spill_stores']} | {row['library_bytes'] // 1024} |"
+    )
+
+
+HEAD = """# Resources of the CUDA kernels
+
+Made by `python benchmarks/cuda_resources.py --write docs/reference/cuda-kernels.md`: what ptxas says of each CUDA
+source, compiled with every tile of its device's table and results in bfloat16. Nothing is run. Registers and
+spilled bytes are of a thread, shared memory in bytes of a block, which may have 166912 at 8.0 and 8.7, 101376 at
+8.6 and 8.9, and 232448 at 9.0. Triton's kernels have [a table of their own](gpu-kernels.md).
+
+| capability | kernel | tile | registers | shared | spilled | library KiB |
+|---|---|---|---|---|---|---|
+"""
+
+
+def capability_of(text: str) -> Capability:
+    return int(text[0]), int(text[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--capabilities", default="8.0,8.7,8.9,9.0")
+    source.add_argument("--tiles", nargs="+", metavar="X.Y:NAME", help="single tiles, each with its device")
+    parser.add_argument("--rows", type=Path, help="JSONL to write")
+    parser.add_argument("--write", type=Path, help="Markdown to write")
+    arguments = parser.parse_args()
+    if arguments.tiles:
+        named = [(text.partition(":")[2], capability_of(text)) for text in arguments.tiles]
+        pairs = [(tile_named(name, capability), capability) for name, capability in named]
+    else:
+        wanted = map(capability_of, arguments.capabilities.split(","))
+        pairs = [(tile, capability) for capability in wanted for tile, _ in tiles_for(capability)]
+    build_all([recipe(tile, torch.bfloat16, capability) for tile, capability in pairs])
+    rows = [resources(tile, capability) for tile, capability in pairs]
+    text = HEAD + "\n".join(map(line, rows)) + "\n"
+    print(text)
+    if arguments.write:
+        arguments.write.write_text(text)
+    if arguments.rows:
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        release = re.search(r"release (\S+),", compiler_version(str(find_nvcc())))
+        circumstances = {
+            "commit": commit,
+            "command": " ".join(sys.argv),
+            "nvcc": release[1] if release else "unknown",
+            "cutlass": ".".join(map(str, cutlass_version(find_cutlass()))),
+        }
+        written = [{"_": circumstances}, *rows]
+        arguments.rows.write_text("".join(json.dumps(row) + "\n" for row in written))
+    if bad := [fault for row in rows for fault in faults(row)]:
+        raise SystemExit("these kernels take too much:\n" + "\n".join(bad))
+
+
+if __name__ == "__main__":
+    main()
