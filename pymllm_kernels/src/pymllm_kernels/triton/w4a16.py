@@ -147,7 +147,10 @@ def few_rows_blocks(rows: int, n: int, k: int, sms: int, *, gated: bool) -> Bloc
 
 
 def fitted(blocks: Blocks, block_m: int, itemsize: int, shared: int, *, gated: bool, norm: bool) -> Blocks:
-    """The blocks with as many stages, two at least, then as many columns, as `shared` bytes hold."""
+    """The blocks with as many stages as `shared` bytes hold, and columns that leave room for three.
+
+    The compiler keeps a buffer less than there are stages.
+    """
     matrices = 2 if gated else 1
     # 4 KB are left for what else the compiler keeps there. A unit: codes, constants, x and the norm's weight.
     room = shared - (4 << 10)
@@ -156,7 +159,7 @@ def fitted(blocks: Blocks, block_m: int, itemsize: int, shared: int, *, gated: b
     while units > 1 and 2 * unit * units > room:
         units //= 2
     # No warp without a unit.
-    stages = max(min(blocks.stages, room // (unit * units)), 1)
+    stages = max(min(blocks.stages, room // (unit * units) + 1), 1)
     return Blocks(blocks.block_n, units * UNIT, min(blocks.warps, units), stages)
 
 
