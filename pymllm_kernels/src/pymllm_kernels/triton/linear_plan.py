@@ -26,23 +26,27 @@ class Blocks:
 
 
 def matvec_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
-    """For one row. n: results, of which each needs two rows of weights where gated."""
-    whole = power_of_2(max(k, 64))
-    # The whole row in one load where it is short, so that nothing is waited for twice.
-    if whole <= 2048 and k == whole:
-        block_k = whole
+    """For one row. n: results, of which each needs two rows of weights where gated.
+
+    Best of 4 to 10 variants for each linear of 0.6B and 8B on an H200; see benchmarks/notes.md.
+    """
+    if k <= 1024:
+        blocks = Blocks(2 if gated else 4, power_of_2(max(k, 64)), warps=2)
+    elif k <= 2048:
+        blocks = Blocks(2, 2048, warps=2)
+    elif k <= 4096 and (gated or k < 4096):
+        # The whole row in one load, so that nothing is waited for twice.
+        blocks = Blocks(2 if gated else 1, 4096, warps=8 if gated else 4)
+    elif k % 2048 == 0 and k > 4096:
+        blocks = Blocks(4, 2048, warps=8, unroll=2)
+    elif k % 1024 == 0:
+        blocks = Blocks(4, 1024, warps=4, unroll=2)
     else:
-        block_k = whole if whole <= 1024 else 1024 if k % 1024 == 0 else 512 if k % 512 == 0 else 1024
-    matrices = 2 if gated else 1
-    # 8 KB in flight a program where a row is short, 16 KB where it is long: with 8 or 4 programs a
-    # multiprocessor, more than covers the memory's latency.
-    block_n = max((4096 if k <= 2048 else 8192) // (block_k * matrices), 1)
-    # Rather small programs than idle multiprocessors: 3 programs for every 2 of them at least.
-    while block_n > 1 and 2 * ceil_div(n, block_n) < 3 * sms:
-        block_n //= 2
-    # Fewer warps have fewer sums to exchange.
-    warps = 2 if block_k >= 2048 and block_n <= 2 else 4
-    return Blocks(min(block_n, 16), block_k, warps=warps, unroll=min(ceil_div(k, block_k), 4))
+        blocks = Blocks(4 if gated else 8, 512, warps=4, unroll=2)
+    # Rather small programs than idle multiprocessors.
+    while blocks.block_n > 1 and 2 * ceil_div(n, blocks.block_n) < 3 * sms:
+        blocks = dataclasses.replace(blocks, block_n=blocks.block_n // 2)
+    return blocks
 
 
 def few_rows_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:

@@ -74,13 +74,12 @@ def matvec_blocks(n: int, k: int, sms: int, *, gated: bool) -> Blocks:
     """For one row. As for dense weights, but each program quantises the row: rather fewer, larger ones."""
     block_k = power_of_2(max(k, 64))
     if block_k > 2048:
-        block_k = 2048 if k % 2048 == 0 else 512 if k % 512 == 0 else 1024
+        block_k = next((size for size in (2048, 1024, 512) if k % size == 0), 1024)
     matrices = 2 if gated else 1
     block_n = max(16384 // (block_k * matrices), 1)
-    while block_n > 1 and 2 * ceil_div(n, block_n) < 3 * sms:
+    while block_n > 1 and 10 * ceil_div(n, block_n) < 9 * sms:
         block_n //= 2
-    # Both passes over a long row are unrolled; four warps would hold too much of it each.
-    return Blocks(min(block_n, 16), block_k, warps=4 if k <= 4096 else 8)
+    return Blocks(min(block_n, 16), block_k, warps=4)
 
 
 def matmul_blocks(m: int, n: int, k: int, sms: int, *, gated: bool) -> tuple[int, Blocks]:
