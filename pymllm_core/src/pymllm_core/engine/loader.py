@@ -38,16 +38,18 @@ def load_weights(
         checkpoint.check([slot for node in builder.nodes for slot in node.slots()], builder.ignored)
         read = checkpoint.read
     # Of what is read: a node may keep less (an output head that is quantised as it is loaded).
-    total, done = sum(slot.num_bytes for node in builder.nodes for slot in node.slots()), 0
+    sizes = {id(node): sum(slot.num_bytes for slot in node.slots()) for node in builder.nodes}
+    total, done = sum(sizes.values()), 0
     progress(Progress("loading weights", 0, total))
     kept = 0
-    for node in builder.nodes:
+    # The largest first: while a node is packed it is held twice, and then the others are not there yet.
+    for node in sorted(builder.nodes, key=lambda node: -sizes[id(node)]):
         if cancel.is_set():
             raise Cancelled("loading was interrupted")
         node.load(read, device)
         if checkpoint is not None:
             checkpoint.release()
-        size = sum(slot.num_bytes for slot in node.slots())
+        size = sizes[id(node)]
         done, kept = done + size, kept + size
         if kept >= TRIM_AFTER:
             return_freed_memory()

@@ -24,7 +24,7 @@ MAX_TOKENS = 2048
 """Longer steps keep a GPU busy for longer than the host needs to launch them."""
 
 MAX_OUTPUTS = 16
-"""Rows of which logits are computed; a step that samples more is launched operator by operator."""
+"""Rows of which logits are computed, at most; a step that samples more is launched operator by operator."""
 
 SIZES = (*range(16, 64, 16), *range(64, 512, 64), *range(512, 1024, 128), *range(1024, MAX_TOKENS + 1, 256))
 """Numbers of tokens: at most a fifth of a step is padding from 256 tokens on."""
@@ -52,6 +52,7 @@ class PieceGraphs:
         num_heads: int,
         spare_slot: int,
         max_tokens: int,
+        max_rows: int,
         dtype: torch.dtype,
         device: torch.device,
         capture: Capture | None = None,
@@ -59,6 +60,8 @@ class PieceGraphs:
         self.sizes = [size for size in SIZES if size <= max_tokens]
         self._model, self._attention, self._spare = model, attention, spare_slot
         self._num_heads, self._dtype, self._device = num_heads, dtype, device
+        # A number of rows that decodes have, too, so that no kernel is compiled for the first prompt.
+        self._max_outputs = min(MAX_OUTPUTS, max_rows)
         self._capture = capture or CudaPieces(device)
         self._seen: Counter[int] = Counter()
         self._replays: dict[int, Callable[[Attend], Tensor]] = {}
@@ -66,7 +69,7 @@ class PieceGraphs:
         self._ids = torch.zeros(largest, dtype=torch.int64, device=device)
         self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
         self._slots = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._rows = torch.zeros(MAX_OUTPUTS, dtype=torch.int64, device=device)
+        self._rows = torch.zeros(self._max_outputs, dtype=torch.int64, device=device)
         self._out = torch.empty(0)
 
     def run(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor | None:
@@ -77,7 +80,7 @@ class PieceGraphs:
         tokens = len(input_ids)
         rows = ctx.output_rows
         outputs = tokens if rows is None else len(rows)
-        if not 0 < outputs <= MAX_OUTPUTS or not self.sizes or tokens > self.sizes[-1]:
+        if not 0 < outputs <= self._max_outputs or not self.sizes or tokens > self.sizes[-1]:
             return None
         size = self.sizes[bisect.bisect_left(self.sizes, tokens)]
         self._seen[size] += 1

@@ -174,6 +174,7 @@ class Runner:
             num_heads=self._num_heads,
             spare_slot=config.num_pages * config.page_size,
             max_tokens=config.max_tokens,
+            max_rows=config.max_rows,
             dtype=config.dtype,
             device=config.device,
             **options,
