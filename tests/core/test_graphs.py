@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pymllm_core.engine import graphs
 from pymllm_core.engine.engine import Engine
 from pymllm_core.engine.graphs import DecodeGraphs, graph_sizes
 from pymllm_core.request import Request, SamplingParams
@@ -127,6 +128,22 @@ def test_usual_sampling_is_captured(toy: Path, overlap: bool, filters: dict[str,
     got = complete(engine, prompts, params)
     assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
     assert counter.replays["_draw_step"] == counter.replays["_step"] > 15
+
+
+def test_large_draws_are_not_captured(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the whole vocabulary they hold much memory; what is cut to few candidates is captured for all sizes."""
+    monkeypatch.setattr(graphs, "MAX_DRAW_BYTES", graphs.draw_bytes(0, 2, VOCAB))
+    prompts = prompts_of([3, 5, 7, 4])
+    for filters, expected_draws in (({}, False), ({"top_k": 20}, True)):
+        params = [
+            SamplingParams(max_tokens=9, temperature=0.8, seed=i, ignore_eos=True, **filters)  # type: ignore[arg-type]
+            for i in range(4)
+        ]
+        expected = complete(make_engine(toy), prompts, params)
+        engine, counter = with_graphs(toy, (1, 2, 4))
+        got = complete(engine, prompts, params)
+        assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+        assert (counter.replays["_draw_step"] > 0) == expected_draws
 
 
 def test_an_abort_in_the_middle_leaves_the_others_alone(toy: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from pymllm_core.config import Settings
 from pymllm_core.device import DeviceInfo
-from pymllm_core.engine.graphs import graph_sizes
+from pymllm_core.engine.graphs import MAX_DRAW_BYTES, draw_bytes, graph_sizes
 from pymllm_core.engine.headers import scan
 from pymllm_core.errors import CheckpointError, ConfigError
 from pymllm_core.plugins import Registry
@@ -199,10 +199,11 @@ def graph_bytes(shape: ModelShape, running: int) -> int:
     """An upper estimate of what captured decode steps hold, in bytes.
 
     All sizes share one pool, as large as the largest needs: its logits in float32, and its activations, which
-    are small beside them. Each graph takes a few megabytes of the driver's memory.
+    are small beside them, and what draws from them. Each graph takes a few megabytes of the driver's memory.
     """
     row = 4 * (shape.vocab_size + 16 * shape.hidden_size + shape.routed_width)
-    return running * row + len(graph_sizes(running)) * (4 << 20)
+    draws = min(draw_bytes(0, running, shape.vocab_size), MAX_DRAW_BYTES)
+    return running * row + draws + len(graph_sizes(running)) * (6 << 20)
 
 
 def unused_settings(settings: Settings, device: DeviceInfo, dtype: str) -> list[str]:

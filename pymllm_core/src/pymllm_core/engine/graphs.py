@@ -43,6 +43,14 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 CAPTURED_DRAWS = (0, 64)
 """The numbers of candidates (`sampler.Group`) for which sampling is captured."""
 
+MAX_DRAW_BYTES = 256 << 20
+"""What a captured draw may hold: one from the whole vocabulary takes four numbers in float64 for each logit."""
+
+
+def draw_bytes(candidates: int, size: int, vocab_size: int) -> int:
+    """About what a draw of `size` rows holds beside the logits."""
+    return 32 * size * (candidates or vocab_size)
+
 
 class _Host:
     """One set of pinned buffers: the numbers of a step and its page table."""
@@ -123,7 +131,8 @@ class DecodeGraphs:
             self._attention.plan(ctx)
             self._replays[size], logits = self._capture(partial(self._step, ctx, size))
             for candidates in CAPTURED_DRAWS:
-                if candidates < self._vocab_size:
+                needed = draw_bytes(candidates, size, self._vocab_size)
+                if candidates < self._vocab_size and needed <= MAX_DRAW_BYTES:
                     draw_step = partial(self._draw_step, candidates, logits)
                     self._draw_replays[candidates, size], _ = self._capture(draw_step)
             # Only now: what samples from the logits must not have its intermediate results in their memory.
