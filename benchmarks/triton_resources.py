@@ -82,6 +82,8 @@ def attention(shape: Shape, rows: int) -> None:
     angles, weight = nothing(4096, dim, dtype=torch.float32), nothing(dim)
     q = TritonAttentionPrep()(qkv, numbers, angles, weight, weight, 1e-6, numbers, kv.k, kv.v)
     backend.attend(q, kv, ctx)
+    if decodes:
+        backend.prepare_and_attend(qkv, angles, weight, weight, 1e-6, kv, ctx)
 
 
 def line(capability: tuple[int, int], model: str, rows: int, launch: Compiled) -> str:
