@@ -194,8 +194,14 @@ inline uint32_t pack(float low, float high) {
     return emulated::from_float(low) | static_cast<uint32_t>(emulated::from_float(high)) << 16;
 }
 
+inline uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    const float2 x = unpack(a), y = unpack(b);
+    return pack(x.x * y.x, x.y * y.y);
+}
+
 inline float exp_2(float x) { return std::exp2(x); }
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+inline float inverse(float x) { return 1.0f / x; }
 
 template <class T>
 inline T from_lane(T value, int lane) { return emulated::exchange(value, lane); }

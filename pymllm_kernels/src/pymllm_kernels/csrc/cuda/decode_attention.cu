@@ -53,8 +53,6 @@ DEVICE uint4 narrow(const float (&x)[8]) {
     return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
 }
 
-DEVICE void round_all(float (&x)[8]) { widen(x, narrow(x)); }
-
 // The rotation of one position, rounded as numbers of the computation: dimensions 32 j + 8 part + 0..7, j < kParts / 2.
 struct Angles {
     uint4 cos[kParts / 2], sin[kParts / 2];
@@ -66,13 +64,14 @@ DEVICE uint4 load_rounded(const float* pointer) {
 }
 
 // RMSNorm and rotation of a head that four lanes hold, with the roundings of `nn.ops`. Piece j of lane `part` has
-// the dimensions 32 j + 8 part + 0..7, so that a lane holds both numbers of each rotated pair. All lanes call it.
-DEVICE void norm_rotate(uint4 (&head)[kParts], const uint4 (&gain)[kParts], bool norm, const Angles& angles,
-                        float eps) {
+// the dimensions 32 j + 8 part + 0..7, so that a lane holds both numbers of each rotated pair. All lanes call it,
+// and agree on `norms`: whether any of them has a norm.
+DEVICE void norm_rotate(uint4 (&head)[kParts], const uint4 (&gain)[kParts], bool norms, bool norm,
+                        const Angles& angles, float eps) {
     float x[kParts][8];
 #pragma unroll
     for (int j = 0; j < kParts; ++j) widen(x[j], head[j]);
-    if (norm) {
+    if (norms) {
         float squares = 0.0f;
 #pragma unroll
         for (int j = 0; j < kParts; ++j)
@@ -80,17 +79,16 @@ DEVICE void norm_rotate(uint4 (&head)[kParts], const uint4 (&gain)[kParts], bool
             for (int i = 0; i < 8; ++i) squares += x[j][i] * x[j][i];
         squares += across(squares, 1);
         squares += across(squares, 2);
-        const float inverse = inverse_root(squares * (1.0f / kDim) + eps);
+        const float scale = inverse_root(squares * (1.0f / kDim) + eps);
 #pragma unroll
         for (int j = 0; j < kParts; ++j) {
-            float weight[8];
-            widen(weight, gain[j]);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) x[j][i] *= inverse;
-            round_all(x[j]);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) x[j][i] *= weight[i];
-            round_all(x[j]);
+            for (int i = 0; i < 8; ++i) x[j][i] *= scale;
+            const uint4 even = narrow(x[j]);
+            if (norm)
+                head[j] = make_uint4(multiply_pair(even.x, gain[j].x), multiply_pair(even.y, gain[j].y),
+                                     multiply_pair(even.z, gain[j].z), multiply_pair(even.w, gain[j].w));
+            widen(x[j], head[j]);
         }
     }
 #pragma unroll
@@ -142,8 +140,9 @@ DEVICE Share merge(int count, const Get& get) {
     return all;
 }
 
-// kColumns: mma columns, in eights, for the group's heads.
-template <int kWarps, int kStages, int kColumns>
+// kColumns: mma columns, in eights, for the group's heads. kSpare: one of them is left for the new token's key, which
+// is prepared with the queries; what else comes of that column is not used.
+template <int kWarps, int kStages, int kColumns, bool kSpare>
 DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t sequence, int thread, uint16_t* shared) {
     launch_dependents();
     const int warp = thread / 32, lane = thread % 32;
@@ -188,15 +187,17 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
             copy_async(to + kMatrix + value_at(at, piece), values + offset, from >= 0);
         }
     };
-    {
-        int slots[kStages];
+    int slots[kStages];
 #pragma unroll
-        for (int stage = 0; stage < kStages; ++stage) slots[stage] = find_slot(first + stage * kWarps);
+    for (int stage = 0; stage < kStages; ++stage) slots[stage] = find_slot(first + stage * kWarps);
+#pragma unroll 1  // less code to fetch
+    for (int stage = 0; stage < kStages; ++stage) {
+        int slot = slots[0];
 #pragma unroll
-        for (int stage = 0; stage < kStages; ++stage) {
-            if (first + stage * kWarps < end) fetch(stage, slots[stage]);
-            copy_commit();
-        }
+        for (int i = 1; i < kStages; ++i)
+            if (stage == i) slot = slots[i];
+        if (first + stage * kWarps < end) fetch(stage, slot);
+        copy_commit();
     }
     int next_slot = find_slot(first + kStages * kWarps);
 
@@ -204,11 +205,15 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
 
     const int last = tiles - 1;  // the tile of the new token
     const bool owner = a.prepare && last < end && last >= first && (last - first) % kWarps == 0;
-    uint4 q[kColumns][kParts];
-    uint4 fresh = make_uint4(0, 0, 0, 0);  // lanes of the first kPieces: that piece of the key; the next: of the value
+    uint4 q[kColumns + !kSpare][kParts];  // the new key behind the queries: in row `group`, or in a column of its own
+    uint4 fresh = make_uint4(0, 0, 0, 0);  // the new value: a piece of each of the first lanes
+    constexpr int kLast = kSpare ? kColumns - 1 : kColumns;
+    const bool has_key = owner && row == (kSpare ? group % 8 : 0);
     {
+        const uint16_t* const from = a.q + sequence * a.q_stride;
         Angles angles;
-        uint4 gain[kParts], k_gain[kParts], k[kParts];
+        uint4 gain[kParts], last_gain[kParts];
+        const uint16_t* const last_weight = has_key ? a.k_weight : a.q_weight;
         int64_t home = -1;
         if (a.prepare) {
             const float* const angle = a.cos_sin + a.positions[sequence] * kDim + part * 8;
@@ -217,47 +222,44 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
                 angles.cos[j] = load_rounded(angle + 32 * j);
                 angles.sin[j] = load_rounded(angle + kDim / 2 + 32 * j);
             }
-            if (a.q_weight)
 #pragma unroll
-                for (int j = 0; j < kParts; ++j) gain[j] = load_piece(a.q_weight + 32 * j + 8 * part);
-            if (owner) {
-                home = a.slots[sequence];
-                if (a.k_weight)
-#pragma unroll
-                    for (int j = 0; j < kParts; ++j) k_gain[j] = load_piece(a.k_weight + 32 * j + 8 * part);
+            for (int j = 0; j < kParts; ++j) {
+                const uint4 none = make_uint4(0, 0, 0, 0);
+                gain[j] = a.q_weight ? load_piece(a.q_weight + 32 * j + 8 * part) : none;
+                last_gain[j] = last_weight ? load_piece(last_weight + 32 * j + 8 * part) : none;
             }
+            if (owner) home = a.slots[sequence];
             wait_for_previous();
         }
-        const uint16_t* const from = a.q + sequence * a.q_stride;
+        const uint16_t* const key = from + (heads + kv_head) * kDim;
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
+        for (int n = 0; n <= kLast; ++n) {
             const int head = n * 8 + row;
-            const uint16_t* const at = from + (kv_head * group + head) * kDim + part * 8;
+            const bool is_key = n == kLast && has_key;
+            const uint16_t* const at = (is_key ? key : from + (kv_head * group + head) * kDim) + part * 8;
 #pragma unroll
             for (int j = 0; j < kParts; ++j)
-                q[n][j] = head < group ? load_piece(at + 32 * j) : make_uint4(0, 0, 0, 0);
+                q[n][j] = is_key || head < group ? load_piece(at + 32 * j) : make_uint4(0, 0, 0, 0);
         }
-        if (owner) {
-            const uint16_t* const key = from + (heads + kv_head) * kDim;
-#pragma unroll
-            for (int j = 0; j < kParts; ++j) k[j] = load_piece(key + 32 * j + 8 * part);
-            if (lane >= kPieces && lane < 2 * kPieces)
-                fresh = load_piece(key + kv_heads * kDim + (lane - kPieces) * 8);
-        }
+        if (owner && lane < kPieces) fresh = load_piece(key + kv_heads * kDim + lane * 8);
         if (a.prepare) {
 #pragma unroll
-            for (int n = 0; n < kColumns; ++n) norm_rotate(q[n], gain, a.q_weight != nullptr, angles, a.eps);
-        }
-        if (owner) {
-            norm_rotate(k, k_gain, a.k_weight != nullptr, angles, a.eps);
-#pragma unroll
-            for (int j = 0; j < kParts; ++j)
-                if (row == j) fresh = k[j];  // piece 4 j + part, which is the lane's number
-            if (home >= 0 && lane < 2 * kPieces) {
-                const bool is_key = lane < kPieces;
-                uint16_t* const to = (is_key ? a.k_cache : a.v_cache) + home * a.cache_stride + kv_head * kDim;
-                *reinterpret_cast<uint4*>(to + (is_key ? lane : lane - kPieces) * 8) = fresh;
+            for (int n = 0; n <= kLast; ++n) {
+                if (n == kColumns && !owner) break;
+                const bool norms = a.q_weight || a.k_weight;
+                if (n == kLast)
+                    norm_rotate(q[n], last_gain, norms, last_weight != nullptr, angles, a.eps);
+                else
+                    norm_rotate(q[n], gain, norms, a.q_weight != nullptr, angles, a.eps);
             }
+        }
+        if (home >= 0) {
+            const int64_t to = home * a.cache_stride + kv_head * kDim;
+            if (lane < kPieces) *reinterpret_cast<uint4*>(a.v_cache + to + lane * 8) = fresh;
+            if (has_key)
+#pragma unroll
+                for (int j = 0; j < kParts; ++j)
+                    *reinterpret_cast<uint4*>(a.k_cache + to + 32 * j + 8 * part) = q[kLast][j];
         }
     }
 
@@ -282,11 +284,11 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
         sync_warp();
         if (owner && tile == last) {
             const int at = cached % kTile;
-            if (lane < 2 * kPieces) {
-                uint16_t* const to =
-                    lane < kPieces ? key + key_at(at, lane) : value + value_at(at, lane - kPieces);
-                *reinterpret_cast<uint4*>(to) = fresh;
-            }
+            if (lane < kPieces) *reinterpret_cast<uint4*>(value + value_at(at, lane)) = fresh;
+            if (has_key)
+#pragma unroll
+                for (int j = 0; j < kParts; ++j)
+                    *reinterpret_cast<uint4*>(key + key_at(at, 4 * j + part)) = q[kLast][j];
             sync_warp();
         }
         // Scores [16 tokens, 8 heads]. The order of the dimensions in a product is free: a lane's 16 bytes of a row
@@ -385,10 +387,10 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
     const int64_t place = sequence * kv_heads + kv_head;
     uint16_t* const out = a.out + (sequence * heads + static_cast<int64_t>(kv_head) * group) * kDim;
     auto store = [&](int head, int d, const Share& all) {
-        const float share = all.total > 0.0f ? 1.0f / all.total : 0.0f;  // padding may have no tokens at all
+        const float share = all.total > 0.0f ? inverse(all.total) : 0.0f;  // padding may have no tokens at all
         *reinterpret_cast<uint32_t*>(out + head * kDim + d) = pack(all.sum.x * share, all.sum.y * share);
     };
-    for (int i = thread; i < group * kDim / 2; i += kWarps * 32) {
+    for (unsigned i = thread; i < group * kDim / 2u; i += kWarps * 32) {
         const int head = i / (kDim / 2), d = i % (kDim / 2) * 2;
         const Share all = merge<kWarps>(kWarps, [&](int w) {
             const float* const stat = tops + (w * kMaxGroup + head) * 2;
@@ -414,7 +416,7 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
     if (a.cluster) {
         sync_cluster();
         if (split == 0) {
-            for (int i = thread; i < group * kDim / 2; i += kWarps * 32) {
+            for (unsigned i = thread; i < group * kDim / 2u; i += kWarps * 32) {
                 const int head = i / (kDim / 2), d = i % (kDim / 2) * 2;
                 store(head, d, merge<8>(active, [&](int s) {
                     const float2 stat = load_cluster(own + head * 2, s);
@@ -430,7 +432,7 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
     if (thread == 0) *arrived = add_ordered(a.counters + place, 1);
     sync_block();
     if (*arrived != active - 1) return;
-    for (int i = thread; i < group * kDim / 2; i += kWarps * 32) {
+    for (unsigned i = thread; i < group * kDim / 2u; i += kWarps * 32) {
         const int head = i / (kDim / 2), d = i % (kDim / 2) * 2;
         store(head, d, merge<8>(active, [&](int s) {
             const int64_t from = (place * splits + s) * group + head;
@@ -443,8 +445,6 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
 
 }  // namespace
 
-#ifndef PYMLLM_EMULATED
-
 #ifndef PYMLLM_STAGES
 #define PYMLLM_STAGES 2
 #endif
@@ -453,64 +453,84 @@ namespace {
 
 constexpr int kDepth = PYMLLM_STAGES;
 
-template <int kWarps, int kStages, int kColumns>
-__global__ void __launch_bounds__(kWarps * 32) decode_kernel(const __grid_constant__ DecodeArguments a) {
+// Calls f with the instance for a group of heads as template arguments: kColumns and kSpare.
+template <class F>
+auto for_group(int group, const F& f) {
+    if (group < 8) return f.template operator()<1, true>();
+    if (group == 8) return f.template operator()<1, false>();
+    return f.template operator()<2, false>();
+}
+
+}  // namespace
+
+#ifndef PYMLLM_EMULATED
+
+namespace {
+
+template <int kWarps, int kColumns, bool kSpare>
+__global__ void __launch_bounds__(kWarps * 32, kColumns == 1 && kWarps < 8 ? 12 / kWarps : 1)
+    decode_kernel(const __grid_constant__ DecodeArguments a) {
     extern __shared__ __align__(128) uint16_t shared[];
-    decode<kWarps, kStages, kColumns>(a, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, shared);
-}
-
-template <int kWarps, int kStages, int kColumns>
-cudaError_t set_up() {
-    const auto kernel = decode_kernel<kWarps, kStages, kColumns>;
-    constexpr int bytes = shared_bytes<kWarps, kStages>();
-    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (status != cudaSuccess) return status;
-    int device, major;
-    if ((status = cudaGetDevice(&device)) != cudaSuccess) return status;
-    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (status != cudaSuccess || major < 9) return status;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-}
-
-template <int kWarps, int kStages, int kColumns>
-cudaError_t launch(const DecodeArguments& a, cudaStream_t stream) {
-    cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(a.splits, a.kv_heads, a.batch);
-    config.blockDim = dim3(kWarps * 32);
-    config.dynamicSmemBytes = shared_bytes<kWarps, kStages>();
-    config.stream = stream;
-    config.attrs = attributes;
-    if (a.pdl) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (a.cluster) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs].val.clusterDim.x = a.splits;
-        attributes[config.numAttrs].val.clusterDim.y = 1;
-        attributes[config.numAttrs++].val.clusterDim.z = 1;
-    }
-    return cudaLaunchKernelEx(&config, decode_kernel<kWarps, kStages, kColumns>, a);
+    decode<kWarps, kDepth, kColumns, kSpare>(a, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, shared);
 }
 
 template <int kWarps>
-cudaError_t launch_for_group(const DecodeArguments& a, cudaStream_t stream) {
-    return a.group <= 8 ? launch<kWarps, kDepth, 1>(a, stream) : launch<kWarps, kDepth, 2>(a, stream);
-}
+struct SetUp {
+    template <int kColumns, bool kSpare>
+    cudaError_t operator()() const {
+        const auto kernel = decode_kernel<kWarps, kColumns, kSpare>;
+        constexpr int bytes = shared_bytes<kWarps, kDepth>();
+        cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (status != cudaSuccess) return status;
+        int device, major;
+        if ((status = cudaGetDevice(&device)) != cudaSuccess) return status;
+        status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+        if (status != cudaSuccess || major < 9) return status;
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
+};
+
+template <int kWarps>
+struct Launch {
+    const DecodeArguments& a;
+    cudaStream_t stream;
+
+    template <int kColumns, bool kSpare>
+    cudaError_t operator()() const {
+        cudaLaunchAttribute attributes[2];
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(a.splits, a.kv_heads, a.batch);
+        config.blockDim = dim3(kWarps * 32);
+        config.dynamicSmemBytes = shared_bytes<kWarps, kDepth>();
+        config.stream = stream;
+        config.attrs = attributes;
+        if (a.pdl) {
+            attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+        }
+        if (a.cluster) {
+            attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+            attributes[config.numAttrs].val.clusterDim.x = a.splits;
+            attributes[config.numAttrs].val.clusterDim.y = 1;
+            attributes[config.numAttrs++].val.clusterDim.z = 1;
+        }
+        return cudaLaunchKernelEx(&config, decode_kernel<kWarps, kColumns, kSpare>, a);
+    }
+};
 
 }  // namespace
 
 // Both return a cudaError_t. The first one is called once for each device, outside of any capture.
 extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention_set_up() {
-    const cudaError_t all[] = {set_up<4, kDepth, 1>(), set_up<4, kDepth, 2>(),
+    for (const int group : {1, 8, 16}) {
+        const cudaError_t all[] = {for_group(group, SetUp<4>{}), for_group(group, SetUp<8>{}),
 #if PYMLLM_STAGES == 1
-                               set_up<16, kDepth, 1>(), set_up<16, kDepth, 2>(),
+                                   for_group(group, SetUp<16>{}),
 #endif
-                               set_up<2, kDepth, 1>(), set_up<2, kDepth, 2>(),
-                               set_up<8, kDepth, 1>(), set_up<8, kDepth, 2>()};
-    for (const cudaError_t status : all)
-        if (status != cudaSuccess) return status;
+                                   for_group(group, SetUp<2>{})};
+        for (const cudaError_t status : all)
+            if (status != cudaSuccess) return status;
+    }
     return cudaSuccess;
 }
 
@@ -518,11 +538,11 @@ extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention(co
     if (a->group < 1 || a->group > kMaxGroup || a->batch < 1 || (a->cluster && a->splits > 16))
         return cudaErrorInvalidValue;
     const auto to = static_cast<cudaStream_t>(stream);
-    if (a->warps == 2) return launch_for_group<2>(*a, to);
-    if (a->warps == 4) return launch_for_group<4>(*a, to);
-    if (a->warps == 8) return launch_for_group<8>(*a, to);
+    if (a->warps == 2) return for_group(a->group, Launch<2>{*a, to});
+    if (a->warps == 4) return for_group(a->group, Launch<4>{*a, to});
+    if (a->warps == 8) return for_group(a->group, Launch<8>{*a, to});
 #if PYMLLM_STAGES == 1
-    if (a->warps == 16) return launch_for_group<16>(*a, to);
+    if (a->warps == 16) return for_group(a->group, Launch<16>{*a, to});
 #endif
     return cudaErrorInvalidValue;
 }

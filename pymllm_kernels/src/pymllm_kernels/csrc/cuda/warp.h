@@ -42,6 +42,17 @@ DEVICE uint32_t pack(float low, float high) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// Both products, each rounded once.
+DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b) {
+#if PYMLLM_HALF
+    using Pair = __half2;
+#else
+    using Pair = __nv_bfloat162;
+#endif
+    const Pair pair = __hmul2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 DEVICE float exp_2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -49,6 +60,8 @@ DEVICE float exp_2(float x) {
 }
 
 DEVICE float inverse_root(float x) { return rsqrtf(x); }
+
+DEVICE float inverse(float x) { return __fdividef(1.0f, x); }
 
 // ---- a warp ----
 
