@@ -143,17 +143,19 @@ def chain(name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> Non
 
 
 FEW = [
-    Split(16, cluster=True),
-    Split(8, cluster=True),
-    Split(4, cluster=True),
-    Split(2, cluster=True),
+    Split(16, cluster=1),
+    Split(4, cluster=1),
+    Split(16, cluster=2),
+    Split(8, cluster=2),
+    Split(4, cluster=2),
+    Split(2, cluster=2),
     Split(1),
     Split(16),
-    Split(16, cluster=True, warps=8),
-    Split(4, cluster=True, warps=8),
-    Split(2, cluster=True, warps=8),
+    Split(16, cluster=2, warps=8),
+    Split(4, cluster=2, warps=8),
+    Split(2, cluster=2, warps=8),
     Split(1, warps=8),
-    Split(16, cluster=True, warps=2),
+    Split(16, cluster=2, warps=2),
 ]
 MANY = [
     Split(1),
@@ -161,7 +163,7 @@ MANY = [
     Split(4, least=4),
     Split(4, least=8),
     Split(8, least=4),
-    Split(2, cluster=True),
+    Split(2, cluster=2),
     Split(1, warps=2),
     Split(4, least=8, warps=2),
     Split(4, least=16, warps=2),

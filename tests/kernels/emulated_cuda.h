@@ -17,6 +17,7 @@
 #include <vector>
 
 #define DEVICE inline
+#define HOST_DEVICE inline
 
 using std::max;
 using std::min;
@@ -295,4 +296,22 @@ inline float2 load_cluster(const float* pointer, int rank) {
     const auto offset = reinterpret_cast<const char*>(pointer) - reinterpret_cast<char*>(here);
     const auto* there = reinterpret_cast<const float*>(reinterpret_cast<char*>(emulated::shared_of(rank)) + offset);
     return {there[0], there[1]};
+}
+
+// Every thread that has not exited, as above; in two parts.
+inline void arrive_begun() {}
+inline void wait_begun() { sync_cluster(); }
+
+inline void expect_pushes(uint64_t* barrier, int bytes) { *barrier = bytes; }
+
+inline void wait_pushes(uint64_t* barrier) {
+    while (*barrier) emulated::yield();
+}
+
+inline void push(float* to, float2 value, uint64_t* barrier) {
+    auto* here = reinterpret_cast<char*>(emulated::shared_of(emulated::cluster->current / emulated::cluster->threads));
+    auto* there = reinterpret_cast<char*>(emulated::shared_of(0));
+    std::memcpy(there + (reinterpret_cast<char*>(to) - here), &value, 8);
+    *reinterpret_cast<uint64_t*>(there + (reinterpret_cast<char*>(barrier) - here)) -= 8;
+    ++emulated::cluster->progress;
 }

@@ -12,10 +12,11 @@ struct Run {
     template <int kColumns, bool kSpare>
     int operator()() const {
         const int ranks = a.cluster ? a.splits : 1;
+        const int bytes = shared_bytes<kWarps, kDepth>() + inbox_floats(a.splits, a.group) * 4;
         for (int sequence = 0; sequence < a.batch; ++sequence)
             for (int head = 0; head < a.kv_heads; ++head)
                 for (int split = a.splits - ranks; split >= 0; split -= ranks)
-                    emulated::run(ranks, kWarps * 32, shared_bytes<kWarps, kDepth>(), [&](int rank, int thread) {
+                    emulated::run(ranks, kWarps * 32, bytes, [&](int rank, int thread) {
                         decode<kWarps, kDepth, kColumns, kSpare>(a, split + rank, head, sequence, thread,
                                                                  emulated::shared_of(rank));
                     });

@@ -144,12 +144,13 @@ class Case:
 SPLITS = [
     Split(1),
     Split(4),
-    Split(4, cluster=True),
-    Split(16, cluster=True),
+    Split(4, cluster=1),
+    Split(4, cluster=2),
+    Split(16, cluster=2),
     Split(16),
     Split(2, least=3),
     Split(2, warps=8),
-    Split(8, cluster=True, warps=8),
+    Split(8, cluster=2, warps=8),
 ]
 
 
@@ -206,7 +207,7 @@ def test_padding_writes_nothing(length: int) -> None:
     assert torch.equal(out[1], value.expand(2, 64))
 
 
-@pytest.mark.parametrize("split", [Split(1), Split(4), Split(4, cluster=True)], ids=str)
+@pytest.mark.parametrize("split", [Split(1), Split(4), Split(4, cluster=2)], ids=str)
 def test_decodes_that_are_prepared(split: Split) -> None:
     skip_clusters(split)
     case = Case(4, 2, 64, [1, 64, 130, 300], seed=5)

@@ -32,7 +32,7 @@ class Split:
 
     splits: int
     least: int = 1
-    cluster: bool = False
+    cluster: int = 0
     warps: int = 4
 
 
@@ -42,7 +42,7 @@ def choose_split(items: int, max_kv_len: int, sms: int, *, clusters: bool) -> Sp
     room = max(4 * sms // max(items, 1), 1)
     splits = min(1 << (room.bit_length() - 1), MAX_CLUSTER, useful)
     if splits > 1:
-        return Split(splits, cluster=clusters)
+        return Split(splits, cluster=2 if clusters else 0)
     return Split(min(4, useful), least=8)
 
 
@@ -162,7 +162,7 @@ class CudaAttention(TritonAttention):
             page_shift=ctx.page_size.bit_length() - 1,
             splits=split.splits,
             least=split.least,
-            cluster=split.cluster and split.splits > 1,
+            cluster=split.cluster if split.splits > 1 else 0,
             pdl=self._gpu.pdl if pdl is None else pdl,
             warps=split.warps,
         )

@@ -36,6 +36,9 @@ constexpr int shared_bytes() {
     return kWarps * kStages * 2 * kMatrix * 2 + (kWarps + 1) * kMaxGroup * 8 + 16;
 }
 
+// Behind them, in the first block of a cluster: what the others push. [split, head, kDim + 2]
+HOST_DEVICE constexpr int inbox_floats(int splits, int group) { return (splits - 1) * group * (kDim + 2); }
+
 // One 16-byte load.
 DEVICE uint4 load_piece(const uint16_t* pointer) { return *reinterpret_cast<const uint4*>(pointer); }
 
@@ -116,8 +119,7 @@ struct Share {
 
 // The softmax over all tokens of `count` shares; kTogether of them are loaded at a time.
 template <int kTogether, class Get>
-DEVICE Share merge(int count, const Get& get) {
-    Share all{kNone, 0.0f, make_float2(0.0f, 0.0f)};
+DEVICE Share merge(int count, const Get& get, Share all = {kNone, 0.0f, {0.0f, 0.0f}}) {
     for (int first = 0; first < count; first += kTogether) {
         Share some[kTogether];
         float top = all.top;
@@ -160,6 +162,14 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
     const int each = max((blocks + splits - 1) / splits, a.least);
     const int active = max((blocks + each - 1) / each, 1);
     if (split >= active) return;
+    float* const tops = reinterpret_cast<float*>(shared + kWarps * kStages * 2 * kMatrix);  // [warp, head, 2]
+    float* const own = tops + kWarps * kMaxGroup * 2;                                       // [head, 2], of the block
+    float* const inbox = own + kMaxGroup * 2 + 4;
+    uint64_t* const pushed = reinterpret_cast<uint64_t*>(own + kMaxGroup * 2);
+    if (a.cluster == 2) {
+        if (split == 0 && thread == 0) expect_pushes(pushed, inbox_floats(active, group) * 4);
+        arrive_begun();
+    }
     const int tiles = (length + kTile - 1) / kTile;
     const int end = min((split + 1) * each * kWarps, tiles);
     const int first = split * each * kWarps + warp;
@@ -229,7 +239,10 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
                 last_gain[j] = last_weight ? load_piece(last_weight + 32 * j + 8 * part) : none;
             }
             if (owner) home = a.slots[sequence];
+            if (a.cluster == 2) wait_begun();
             wait_for_previous();
+        } else if (a.cluster == 2) {
+            wait_begun();
         }
         const uint16_t* const key = from + (heads + kv_head) * kDim;
 #pragma unroll
@@ -358,8 +371,6 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
     // ---- the warps meet ----
 
     float* const sums = reinterpret_cast<float*>(mine);  // [head, dimension], over the tiles that were read
-    float* const tops = reinterpret_cast<float*>(shared + kWarps * kStages * 2 * kMatrix);  // [warp, head, 2]
-    float* const own = tops + kWarps * kMaxGroup * 2;                                       // [head, 2], of the block
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -399,6 +410,16 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
         });
         if (active == 1) {
             store(head, d, all);
+        } else if (a.cluster == 2 && split == 0) {
+            wait_pushes(pushed);
+            store(head, d, merge<8>(active - 1, [&](int s) {
+                const float* const from = inbox + (s * group + head) * (kDim + 2);
+                return Share{from[kDim], from[kDim + 1], make_float2(from[d], from[d + 1])};
+            }, all));
+        } else if (a.cluster == 2) {
+            float* const to = inbox + ((split - 1) * group + head) * (kDim + 2);
+            push(to + d, all.sum, pushed);
+            if (d == 0) push(to + kDim, make_float2(all.top, all.total), pushed);
         } else if (a.cluster) {  // over the first warp's, which no other thread reads
             float* const to = reinterpret_cast<float*>(shared) + head * kSumStride + d;
             to[0] = all.sum.x, to[1] = all.sum.y;
@@ -409,7 +430,7 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
             if (d == 0) *reinterpret_cast<float2*>(a.stats + to * 2) = make_float2(all.top, all.total);
         }
     }
-    if (active == 1) return;
+    if (active == 1 || a.cluster == 2) return;
 
     // ---- the splits meet ----
 
@@ -479,11 +500,13 @@ struct SetUp {
     template <int kColumns, bool kSpare>
     cudaError_t operator()() const {
         const auto kernel = decode_kernel<kWarps, kColumns, kSpare>;
-        constexpr int bytes = shared_bytes<kWarps, kDepth>();
-        cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        int device, major, bytes;
+        cudaError_t status = cudaGetDevice(&device);
         if (status != cudaSuccess) return status;
-        int device, major;
-        if ((status = cudaGetDevice(&device)) != cudaSuccess) return status;
+        status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (status != cudaSuccess) return status;
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (status != cudaSuccess) return status;
         status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
         if (status != cudaSuccess || major < 9) return status;
         return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -502,6 +525,7 @@ struct Launch {
         config.gridDim = dim3(a.splits, a.kv_heads, a.batch);
         config.blockDim = dim3(kWarps * 32);
         config.dynamicSmemBytes = shared_bytes<kWarps, kDepth>();
+        if (a.cluster == 2) config.dynamicSmemBytes += inbox_floats(a.splits, a.group) * 4;
         config.stream = stream;
         config.attrs = attributes;
         if (a.pdl) {

@@ -31,7 +31,7 @@ struct DecodeArguments {
     int32_t splits;              // parts of a sequence at most
     int32_t least;               // blocks that a part has at least; a block is 16 tokens a warp
     int32_t prepare;             // q is the projection: norms, rotation and the cache write are done here
-    int32_t cluster;             // the splits are a thread block cluster, at most 16
+    int32_t cluster;             // the splits are a thread block cluster, at most 16; 1: they meet by a barrier, 2: they push
     int32_t pdl;                 // start before the kernel before this one has ended
     int32_t warps;               // 4 or 8
 };

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #define DEVICE __device__ __forceinline__
+#define HOST_DEVICE __host__ __device__ __forceinline__
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define PYMLLM_SM90 1
@@ -163,4 +164,53 @@ DEVICE float2 load_cluster(const float* pointer, int rank) {
     asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
 #endif
     return value;
+}
+
+// All blocks of the cluster have begun, and see what was initialised before. Some time may pass between the two.
+DEVICE void arrive_begun() {
+#if PYMLLM_SM90
+    asm volatile("fence.mbarrier_init.release.cluster;\n barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
+DEVICE void wait_begun() {
+#if PYMLLM_SM90
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// A barrier in shared memory that waits once, for `bytes` that other blocks push.
+DEVICE void expect_pushes(uint64_t* barrier, int bytes) {
+#if PYMLLM_SM90
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+DEVICE void wait_pushes(uint64_t* barrier) {
+#if PYMLLM_SM90
+    uint32_t done;
+    do {
+        asm volatile(
+            "{\n .reg .pred p;\n"
+            " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
+            " selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(shared_address(barrier))
+            : "memory");
+    } while (!done);
+#endif
+}
+
+// Two floats to the same place in the shared memory of the cluster's first block, whose barrier counts the bytes.
+DEVICE void push(float* to, float2 value, uint64_t* barrier) {
+#if PYMLLM_SM90
+    uint32_t address, counter;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(address) : "r"(shared_address(to)));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(counter) : "r"(shared_address(barrier)));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
+                 "f"(value.x), "f"(value.y), "r"(counter)
+                 : "memory");
+#endif
 }
