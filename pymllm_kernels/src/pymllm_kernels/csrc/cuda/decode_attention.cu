@@ -489,7 +489,7 @@ auto for_group(int group, const F& f) {
 namespace {
 
 template <int kWarps, int kColumns, bool kSpare>
-__global__ void __launch_bounds__(kWarps * 32, kColumns == 1 && kWarps < 8 ? 12 / kWarps : 1)
+__global__ void __launch_bounds__(kWarps * 32, kSpare && kWarps < 8 ? 12 / kWarps : 1)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
     extern __shared__ __align__(128) uint16_t shared[];
     decode<kWarps, kDepth, kColumns, kSpare>(a, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, shared);
