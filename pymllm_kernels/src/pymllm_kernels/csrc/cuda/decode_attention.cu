@@ -571,4 +571,9 @@ extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention(co
     return cudaErrorInvalidValue;
 }
 
+// Bytes of a block without the inbox of a cluster, for benchmarks/cuda_resources.py.
+extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention_shared_memory(int warps) {
+    return warps * shared_bytes<1, kDepth>() - (warps - 1) * (kMaxGroup * 8 + 16);
+}
+
 #endif  // PYMLLM_EMULATED
