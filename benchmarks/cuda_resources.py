@@ -45,7 +45,9 @@ _PROPERTIES = re.compile(
 )
 
 # kWarps, kColumns, kSpare: the parameters of decode_attention.cu's kernel
-_DECODE = re.compile(r"entry function '\w*decode_kernelILi(\d+)ELi(\d+)ELb([01])E.*?(?=Compiling|\Z)", re.DOTALL)
+_DECODE = re.compile(
+    r"entry function '\w*decode_kernelILi(\d+)ELi(\d+)ELb([01])E.*?(?=Compiling|\Z)", re.DOTALL
+)
 _HEADS = {("1", "1"): "1-7", ("1", "0"): "8", ("2", "0"): "9-16"}
 
 

@@ -143,32 +143,33 @@ def chain(name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> Non
 
 
 FEW = [
-    Split(16, cluster=1),
-    Split(4, cluster=1),
-    Split(16, cluster=2),
-    Split(8, cluster=2),
-    Split(4, cluster=2),
-    Split(2, cluster=2),
-    Split(1),
     Split(16),
-    Split(16, cluster=2, warps=8),
-    Split(4, cluster=2, warps=8),
-    Split(2, cluster=2, warps=8),
+    Split(16, cluster=2),
+    Split(16, cluster=4),
+    Split(16, cluster=16),
+    Split(4, cluster=4),
     Split(1, warps=8),
-    Split(16, cluster=2, warps=2),
+    Split(16, least=2, warps=8),
+    Split(8, least=2, warps=8),
+    Split(2, least=2, warps=8),
+    Split(16, cluster=2, warps=8),
+    Split(8, cluster=2, warps=8),
+    Split(8, cluster=4, warps=8),
+    Split(2, cluster=2, warps=8),
+    Split(4, least=4),
+    Split(4, cluster=2, least=4),
+    Split(16, least=4),
 ]
 MANY = [
     Split(1),
-    Split(2, least=4),
-    Split(4, least=4),
     Split(4, least=8),
-    Split(8, least=4),
+    Split(4, least=8, cluster=2),
+    Split(4, least=8, cluster=4),
+    Split(4, cluster=2),
     Split(2, cluster=2),
-    Split(1, warps=2),
-    Split(4, least=8, warps=2),
-    Split(4, least=16, warps=2),
-    Split(1, warps=8),
-    Split(4, least=2, warps=8),
+    Split(2, least=4, cluster=2),
+    Split(8, least=8, cluster=2),
+    Split(4, least=16, cluster=2, warps=2),
 ]
 
 
@@ -183,9 +184,9 @@ def main() -> None:
     for model in arguments.models.split(","):
         shape = MODELS[model]
         if arguments.few:
-            for batch, length in ((1, 128), (1, 200), (1, 256), (8, 256), (1, 2048), (1, 16384)):
+            for batch, length in ((1, 1), (1, 128), (1, 256), (1, 2048), (1, 16384), (8, 256), (8, 2048)):
                 chain(f"{model} {batch}x{length}", shape, [length] * batch, FEW if arguments.tune else [])
-            for batch, length in ((1, 200), (32, 256)):
+            for batch, length in ((32, 256), (128, 256)):
                 alone(f"{model} {batch}x{length}", shape, [length] * batch, FEW if arguments.tune else [])
         if arguments.many:
             for batch in (32, 64, 128, 256):

@@ -59,7 +59,7 @@ struct Cluster {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<Barrier> blocks;
-    Barrier all;
+    int begun = 0;
     std::vector<std::vector<uint16_t>> shared;
     std::function<void(int rank, int thread)> body;
     ucontext_t scheduler;
@@ -73,14 +73,13 @@ inline void yield() { swapcontext(&cluster->fibers[cluster->current].context, &c
 
 inline int lane() { return cluster->current % 32; }
 
-// Until `wanted()` threads have arrived. Those that have exited are not waited for where `wanted` says so.
-template <class Wanted>
-inline void meet(Barrier& barrier, const Wanted& wanted) {
+// Until `wanted` threads have arrived.
+inline void meet(Barrier& barrier, int wanted) {
     const int turn = barrier.turn;
     ++barrier.arrived;
     ++cluster->progress;
     while (barrier.turn == turn) {
-        if (barrier.arrived >= wanted()) {
+        if (barrier.arrived == wanted) {
             barrier.arrived = 0;
             ++barrier.turn;
             ++cluster->progress;
@@ -99,7 +98,7 @@ inline const T& exchange(const T& value, int wanted) {
     Warp& w = warp();
     auto& given = w.given[w.barrier.turn % 2];
     std::memcpy(given[lane()], &value, sizeof(T));
-    meet(w.barrier, [] { return 32; });
+    meet(w.barrier, 32);
     return reinterpret_cast<const T&>(given[wanted]);
 }
 
@@ -277,30 +276,21 @@ inline int add_ordered(int32_t* counter, int value) {
 
 inline void sync_block() {
     emulated::meet(emulated::cluster->blocks[emulated::cluster->current / emulated::cluster->threads],
-                   [] { return emulated::cluster->threads; });
+                   emulated::cluster->threads);
 }
 
 inline void launch_dependents() {}
 inline void wait_for_previous() {}
 
-inline void sync_cluster() {
-    emulated::meet(emulated::cluster->all, [] {
-        int left = 0;
-        for (const auto& fiber : emulated::cluster->fibers) left += !fiber.done;
-        return left;
-    });
+// All threads of the cluster arrive, and some wait for the others.
+inline void arrive_begun() {
+    ++emulated::cluster->begun;
+    ++emulated::cluster->progress;
 }
 
-inline float2 load_cluster(const float* pointer, int rank) {
-    auto* here = emulated::shared_of(emulated::cluster->current / emulated::cluster->threads);
-    const auto offset = reinterpret_cast<const char*>(pointer) - reinterpret_cast<char*>(here);
-    const auto* there = reinterpret_cast<const float*>(reinterpret_cast<char*>(emulated::shared_of(rank)) + offset);
-    return {there[0], there[1]};
+inline void wait_begun() {
+    while (emulated::cluster->begun < emulated::cluster->ranks * emulated::cluster->threads) emulated::yield();
 }
-
-// Every thread that has not exited, as above; in two parts.
-inline void arrive_begun() {}
-inline void wait_begun() { sync_cluster(); }
 
 inline void expect_pushes(uint64_t* barrier, int bytes) { *barrier = bytes; }
 

@@ -26,13 +26,14 @@ ALIGNMENT = 16
 class Split:
     """How a decode's cache is divided.
 
-    splits: parts of a sequence, at most. least: blocks of `warps` tiles that a part has at least. cluster: the parts
-    are a thread block cluster and meet in its shared memory, else in global memory. warps: 4 or 8.
+    All are powers of two but `least`. splits: parts of a sequence, at most. least: blocks of `warps` tiles that a part
+    has at least. cluster: so many parts are a thread block cluster and meet in its shared memory; clusters meet in
+    global memory. warps: 4 or 8.
     """
 
     splits: int
     least: int = 1
-    cluster: int = 0
+    cluster: int = 1
     warps: int = 4
 
 
@@ -42,7 +43,7 @@ def choose_split(items: int, max_kv_len: int, sms: int, *, clusters: bool) -> Sp
     room = max(4 * sms // max(items, 1), 1)
     splits = min(1 << (room.bit_length() - 1), MAX_CLUSTER, useful)
     if splits > 1:
-        return Split(splits, cluster=2 if clusters else 0)
+        return Split(splits, cluster=splits if clusters else 1)
     return Split(min(4, useful), least=8)
 
 
@@ -75,8 +76,7 @@ class CudaAttention(TritonAttention):
         items = ctx.num_decodes * self._config.num_kv_heads
         width = ctx.page_table.shape[1] * ctx.page_size
         split = choose_split(items, width, self._gpu.sms, clusters=self._gpu.major >= 9)
-        fits = items * split.splits <= len(self._counters)
-        self._split = split if fits or split.cluster else Split(1)
+        self._split = split if items * split.splits // split.cluster <= len(self._counters) else Split(1)
 
     def prepare_and_attend(  # type: ignore[override]  # its own parameters for measuring
         self,
@@ -160,18 +160,20 @@ class CudaAttention(TritonAttention):
             kv_heads=config.num_kv_heads,
             group=self._group,
             page_shift=ctx.page_size.bit_length() - 1,
-            splits=split.splits,
+            splits_shift=split.splits.bit_length() - 1,
             least=split.least,
-            cluster=split.cluster if split.splits > 1 else 0,
+            cluster_shift=split.cluster.bit_length() - 1,
             pdl=self._gpu.pdl if pdl is None else pdl,
             warps=split.warps,
         )
 
     def _run(self, arguments: Arguments) -> None:
         device = self._config.device
-        rows = arguments.batch * arguments.kv_heads * arguments.splits
-        if arguments.splits > 1 and not arguments.cluster and rows > len(self._counters):
-            raise ValueError(f"{arguments.splits} splits of {arguments.batch} sequences have no room to meet")
+        clusters = 1 << (arguments.splits_shift - arguments.cluster_shift)
+        if clusters > 1 and arguments.batch * arguments.kv_heads * clusters > len(self._counters):
+            raise ValueError(
+                f"{clusters} clusters for each of {arguments.batch} sequences have no room to meet"
+            )
         if device.type != "cuda":  # emulated by a test
             self._launch(arguments, None)
             return

@@ -59,10 +59,10 @@ class Arguments(ctypes.Structure):
         ("kv_heads", c_int32),
         ("group", c_int32),
         ("page_shift", c_int32),
-        ("splits", c_int32),
+        ("splits_shift", c_int32),
         ("least", c_int32),
         ("prepare", c_int32),
-        ("cluster", c_int32),
+        ("cluster_shift", c_int32),
         ("pdl", c_int32),
         ("warps", c_int32),
     ]

@@ -33,11 +33,11 @@ DEVICE constexpr int value_at(int row, int piece) { return row * kDim + (piece ^
 
 template <int kWarps, int kStages>
 constexpr int shared_bytes() {
-    return kWarps * kStages * 2 * kMatrix * 2 + (kWarps + 1) * kMaxGroup * 8 + 16;
+    return kWarps * kStages * 2 * kMatrix * 2 + kWarps * kMaxGroup * 8 + 16;
 }
 
-// Behind them, in the first block of a cluster: what the others push. [split, head, kDim + 2]
-HOST_DEVICE constexpr int inbox_floats(int splits, int group) { return (splits - 1) * group * (kDim + 2); }
+// Behind them, in the first block of a cluster: what the others push. [block, head, kDim + 2]
+HOST_DEVICE constexpr int inbox_floats(int blocks, int group) { return (blocks - 1) * group * (kDim + 2); }
 
 // One 16-byte load.
 DEVICE uint4 load_piece(const uint16_t* pointer) { return *reinterpret_cast<const uint4*>(pointer); }
@@ -149,7 +149,7 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
     launch_dependents();
     const int warp = thread / 32, lane = thread % 32;
     const int row = lane / 4, part = lane % 4;  // of a fragment
-    const int group = a.group, kv_heads = a.kv_heads, splits = a.splits;
+    const int group = a.group, kv_heads = a.kv_heads;
     const int64_t heads = static_cast<int64_t>(kv_heads) * group;
 
     // Lengths, tables and the cache of earlier steps are there before the step's first kernel, and read before the
@@ -159,17 +159,19 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
     if (a.prepare) length = max(length, 1);  // padding: nothing but the new token
     const int cached = a.prepare ? length - 1 : length;
     const int blocks = (length + kWarps * kTile - 1) / (kWarps * kTile);
-    const int each = max((blocks + splits - 1) / splits, a.least);
+    const int each = max((blocks + (1 << a.splits_shift) - 1) >> a.splits_shift, a.least);
     const int active = max((blocks + each - 1) / each, 1);
-    if (split >= active) return;
+    // Splits of a cluster meet in its first block, the clusters then in memory.
+    const int cluster = 1 << a.cluster_shift, rank = split & (cluster - 1);
+    const int members = min(cluster, active - (split - rank)), groups = (active + cluster - 1) >> a.cluster_shift;
     float* const tops = reinterpret_cast<float*>(shared + kWarps * kStages * 2 * kMatrix);  // [warp, head, 2]
-    float* const own = tops + kWarps * kMaxGroup * 2;                                       // [head, 2], of the block
-    float* const inbox = own + kMaxGroup * 2 + 4;
-    uint64_t* const pushed = reinterpret_cast<uint64_t*>(own + kMaxGroup * 2);
-    if (a.cluster == 2) {
-        if (split == 0 && thread == 0) expect_pushes(pushed, inbox_floats(active, group) * 4);
-        arrive_begun();
+    uint64_t* const pushed = reinterpret_cast<uint64_t*>(tops + kWarps * kMaxGroup * 2);
+    float* const inbox = tops + kWarps * kMaxGroup * 2 + 4;
+    if (cluster > 1) {
+        if (rank == 0 && thread == 0) expect_pushes(pushed, inbox_floats(members, group) * 4);
+        arrive_begun();  // those without work, too: a thread that exits instead is noticed late
     }
+    if (split >= active) return;
     const int tiles = (length + kTile - 1) / kTile;
     const int end = min((split + 1) * each * kWarps, tiles);
     const int first = split * each * kWarps + warp;
@@ -239,11 +241,9 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
                 last_gain[j] = last_weight ? load_piece(last_weight + 32 * j + 8 * part) : none;
             }
             if (owner) home = a.slots[sequence];
-            if (a.cluster == 2) wait_begun();
-            wait_for_previous();
-        } else if (a.cluster == 2) {
-            wait_begun();
         }
+        if (members > 1) wait_begun();
+        if (a.prepare) wait_for_previous();
         const uint16_t* const key = from + (heads + kv_head) * kDim;
 #pragma unroll
         for (int n = 0; n <= kLast; ++n) {
@@ -395,68 +395,54 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
     sync_block();
     const float* const all_sums = reinterpret_cast<const float*>(shared);
     constexpr int kWarpStride = kStages * kMatrix;  // floats from a warp's sums to the next one's
-    const int64_t place = sequence * kv_heads + kv_head;
     uint16_t* const out = a.out + (sequence * heads + static_cast<int64_t>(kv_head) * group) * kDim;
     auto store = [&](int head, int d, const Share& all) {
         const float share = all.total > 0.0f ? inverse(all.total) : 0.0f;  // padding may have no tokens at all
         *reinterpret_cast<uint32_t*>(out + head * kDim + d) = pack(all.sum.x * share, all.sum.y * share);
     };
+    const int64_t place = sequence * kv_heads + kv_head;
+    const int64_t parts = place * ((1 << a.splits_shift) >> a.cluster_shift) * group;  // the row of the first cluster
     for (unsigned i = thread; i < group * kDim / 2u; i += kWarps * 32) {
         const int head = i / (kDim / 2), d = i % (kDim / 2) * 2;
-        const Share all = merge<kWarps>(kWarps, [&](int w) {
+        Share all = merge<kWarps>(kWarps, [&](int w) {
             const float* const stat = tops + (w * kMaxGroup + head) * 2;
             const float* const from = all_sums + w * kWarpStride + head * kSumStride + d;
             return Share{stat[0], stat[1], make_float2(from[0], from[1])};
         });
-        if (active == 1) {
-            store(head, d, all);
-        } else if (a.cluster == 2 && split == 0) {
-            wait_pushes(pushed);
-            store(head, d, merge<8>(active - 1, [&](int s) {
-                const float* const from = inbox + (s * group + head) * (kDim + 2);
-                return Share{from[kDim], from[kDim + 1], make_float2(from[d], from[d + 1])};
-            }, all));
-        } else if (a.cluster == 2) {
-            float* const to = inbox + ((split - 1) * group + head) * (kDim + 2);
+        if (rank != 0) {
+            float* const to = inbox + ((rank - 1) * group + head) * (kDim + 2);
             push(to + d, all.sum, pushed);
             if (d == 0) push(to + kDim, make_float2(all.top, all.total), pushed);
-        } else if (a.cluster) {  // over the first warp's, which no other thread reads
-            float* const to = reinterpret_cast<float*>(shared) + head * kSumStride + d;
-            to[0] = all.sum.x, to[1] = all.sum.y;
-            if (d == 0) own[head * 2] = all.top, own[head * 2 + 1] = all.total;
+            continue;
+        }
+        if (members > 1) {
+            wait_pushes(pushed);
+            all = merge<8>(members - 1, [&](int member) {
+                const float* const from = inbox + (member * group + head) * (kDim + 2);
+                return Share{from[kDim], from[kDim + 1], make_float2(from[d], from[d + 1])};
+            }, all);
+        }
+        if (groups == 1) {
+            store(head, d, all);
         } else {
-            const int64_t to = (place * splits + split) * group + head;
+            const int64_t to = parts + (split >> a.cluster_shift) * group + head;
             *reinterpret_cast<float2*>(a.partial + to * kDim + d) = all.sum;
             if (d == 0) *reinterpret_cast<float2*>(a.stats + to * 2) = make_float2(all.top, all.total);
         }
     }
-    if (active == 1 || a.cluster == 2) return;
+    if (groups == 1 || rank != 0) return;
 
-    // ---- the splits meet ----
+    // ---- the clusters meet ----
 
-    if (a.cluster) {
-        sync_cluster();
-        if (split == 0) {
-            for (unsigned i = thread; i < group * kDim / 2u; i += kWarps * 32) {
-                const int head = i / (kDim / 2), d = i % (kDim / 2) * 2;
-                store(head, d, merge<8>(active, [&](int s) {
-                    const float2 stat = load_cluster(own + head * 2, s);
-                    return Share{stat.x, stat.y, load_cluster(all_sums + head * kSumStride + d, s)};
-                }));
-            }
-        }
-        sync_cluster();  // the others' memory stays until it has been read
-        return;
-    }
-    int32_t* const arrived = reinterpret_cast<int32_t*>(own + kMaxGroup * 2);
+    int32_t* const arrived = reinterpret_cast<int32_t*>(pushed + 1);
     sync_block();  // all threads' stores come before the release of the one that counts
     if (thread == 0) *arrived = add_ordered(a.counters + place, 1);
     sync_block();
-    if (*arrived != active - 1) return;
+    if (*arrived != groups - 1) return;
     for (unsigned i = thread; i < group * kDim / 2u; i += kWarps * 32) {
         const int head = i / (kDim / 2), d = i % (kDim / 2) * 2;
-        store(head, d, merge<8>(active, [&](int s) {
-            const int64_t from = (place * splits + s) * group + head;
+        store(head, d, merge<8>(groups, [&](int g) {
+            const int64_t from = parts + g * group + head;
             const float2 stat = load_l2(a.stats + from * 2);
             return Share{stat.x, stat.y, load_l2(a.partial + from * kDim + d)};
         }));
@@ -522,19 +508,19 @@ struct Launch {
     cudaError_t operator()() const {
         cudaLaunchAttribute attributes[2];
         cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(a.splits, a.kv_heads, a.batch);
+        config.gridDim = dim3(1 << a.splits_shift, a.kv_heads, a.batch);
         config.blockDim = dim3(kWarps * 32);
         config.dynamicSmemBytes = shared_bytes<kWarps, kDepth>();
-        if (a.cluster == 2) config.dynamicSmemBytes += inbox_floats(a.splits, a.group) * 4;
+        config.dynamicSmemBytes += inbox_floats(1 << a.cluster_shift, a.group) * 4;
         config.stream = stream;
         config.attrs = attributes;
         if (a.pdl) {
             attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
             attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
         }
-        if (a.cluster) {
+        if (a.cluster_shift > 0) {
             attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-            attributes[config.numAttrs].val.clusterDim.x = a.splits;
+            attributes[config.numAttrs].val.clusterDim.x = 1 << a.cluster_shift;
             attributes[config.numAttrs].val.clusterDim.y = 1;
             attributes[config.numAttrs++].val.clusterDim.z = 1;
         }
@@ -559,7 +545,7 @@ extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention_se
 }
 
 extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention(const DecodeArguments* a, void* stream) {
-    if (a->group < 1 || a->group > kMaxGroup || a->batch < 1 || (a->cluster && a->splits > 16))
+    if (a->group < 1 || a->group > kMaxGroup || a->batch < 1 || a->cluster_shift > a->splits_shift)
         return cudaErrorInvalidValue;
     const auto to = static_cast<cudaStream_t>(stream);
     if (a->warps == 2) return for_group(a->group, Launch<2>{*a, to});
@@ -573,7 +559,7 @@ extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention(co
 
 // Bytes of a block without the inbox of a cluster, for benchmarks/cuda_resources.py.
 extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention_shared_memory(int warps) {
-    return warps * shared_bytes<1, kDepth>() - (warps - 1) * (kMaxGroup * 8 + 16);
+    return warps * shared_bytes<1, kDepth>() - (warps - 1) * 16;
 }
 
 #endif  // PYMLLM_EMULATED

@@ -19,8 +19,8 @@ struct DecodeArguments {
     const int32_t* page_table;   // [batch, table_stride]
     int64_t table_stride;
     const int32_t* kv_lens;      // [batch], with the new token
-    float* partial;              // [batch kv_heads splits, group, dim], where splits meet in memory
-    float* stats;                // [batch kv_heads splits, group, 2]
+    float* partial;              // [batch kv_heads splits / cluster, group, dim], where clusters meet
+    float* stats;                // [batch kv_heads splits / cluster, group, 2]
     int32_t* counters;           // [batch kv_heads], zeros; they are zeros again afterwards
     float scale;                 // of q k, times log2(e)
     float eps;                   // of the norms
@@ -28,10 +28,10 @@ struct DecodeArguments {
     int32_t kv_heads;
     int32_t group;               // query heads of a KV head, at most 16
     int32_t page_shift;          // log2 of a page's tokens
-    int32_t splits;              // parts of a sequence at most
+    int32_t splits_shift;        // log2 of the parts of a sequence, at most
     int32_t least;               // blocks that a part has at least; a block is 16 tokens a warp
     int32_t prepare;             // q is the projection: norms, rotation and the cache write are done here
-    int32_t cluster;             // the splits are a thread block cluster, at most 16; 1: they meet by a barrier, 2: they push
+    int32_t cluster_shift;       // log2 of the splits that are a thread block cluster: 0 (none) to 4
     int32_t pdl;                 // start before the kernel before this one has ended
     int32_t warps;               // 4 or 8
 };

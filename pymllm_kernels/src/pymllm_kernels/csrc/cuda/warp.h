@@ -148,24 +148,6 @@ DEVICE void wait_for_previous() {
 
 // ---- a cluster ----
 
-// All threads of the cluster that have not exited; what was written before is seen after.
-DEVICE void sync_cluster() {
-#if PYMLLM_SM90
-    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// From the same place in the shared memory of another block of the cluster.
-DEVICE float2 load_cluster(const float* pointer, int rank) {
-    float2 value = make_float2(0.0f, 0.0f);
-#if PYMLLM_SM90
-    uint32_t address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
-    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
-#endif
-    return value;
-}
-
 // All blocks of the cluster have begun, and see what was initialised before. Some time may pass between the two.
 DEVICE void arrive_begun() {
 #if PYMLLM_SM90
