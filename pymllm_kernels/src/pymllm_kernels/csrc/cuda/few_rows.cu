@@ -1,4 +1,4 @@
-// Linear nodes of few rows: y = act(norm(x) · W^T + bias) + residual for up to 64 rows of x, one launch.
+// Linear nodes of few rows: y = act(norm(x) · W^T + bias) + residual for up to 32 rows of x, one launch.
 //
 // Bound by reading W, so everything serves that: every weight travels once, 16 bytes a lane, from global memory
 // straight into the registers in which the tensor cores want it. No shared memory and no barrier is in the way
@@ -13,7 +13,7 @@
 // The warps of a block take units of the same rows in turn; their sums are added in shared memory at the end.
 //
 // int4: word j (of 4) that lane t holds of unit u are the codes of columns 128 u + 32 j + 8 t + (0..7), lowest
-// first (`cuda/weights.py` packs them). `(word >> 4 i) & 0x000f000f | 0x43004300` are the bfloat16 numbers 128 +
+// first (`to_tiles` in cuda/few_rows.py packs them). `(word >> 4 i) & 0x000f000f | 0x43004300` are the bfloat16 numbers 128 +
 // code of the columns i and i + 4, from which 128 + 8 + zero point is subtracted, exactly; x is put in the same
 // order by byte permutations. Scales multiply sums of a group in float32.
 
@@ -28,7 +28,7 @@ namespace {
 
 // A unit of int4: widened, multiplied, scaled.
 template <int ROW_TILES, int X_TILES>
-__device__ __forceinline__ void multiply_codes(float (&sums)[ROW_TILES][X_TILES][4], const uint4 (&weights)[ROW_TILES][2],
+DEVICE void multiply_codes(float (&sums)[ROW_TILES][X_TILES][4], const uint4 (&weights)[ROW_TILES][2],
                                                const std::uint32_t (&constants)[ROW_TILES][2][PARTS],
                                                const uint4 (&x)[X_TILES][4]) {
   constexpr int EACH = 4 / PARTS;  // words that share a scale
@@ -50,8 +50,8 @@ __device__ __forceinline__ void multiply_codes(float (&sums)[ROW_TILES][X_TILES]
       const std::uint32_t high_words[4] = {weights[r][1].x, weights[r][1].y, weights[r][1].z, weights[r][1].w};
       const std::uint32_t low_constants = constants[r][0][j / EACH], high_constants = constants[r][1][j / EACH];
       std::uint32_t low[4], high[4];
-      widen_codes(low_words[j], as_pair(__byte_perm(low_constants, 0, 0x3232)), low);
-      widen_codes(high_words[j], as_pair(__byte_perm(high_constants, 0, 0x3232)), high);
+      widen_codes(low_words[j], __byte_perm(low_constants, 0, 0x3232), low);
+      widen_codes(high_words[j], __byte_perm(high_constants, 0, 0x3232), high);
 #pragma unroll
       for (int c = 0; c < X_TILES; c++) {
         float(&sum)[4] = group[r][c];
@@ -71,16 +71,16 @@ __device__ __forceinline__ void multiply_codes(float (&sums)[ROW_TILES][X_TILES]
 }
 
 // Few enough that several blocks find registers on a multiprocessor: one computes while another waits.
-__host__ __device__ constexpr int max_warps(int x_tiles, int row_tiles) {
+HOST_DEVICE constexpr int max_warps(int x_tiles, int row_tiles) {
   return x_tiles > 1 || row_tiles == 2 ? 8 : row_tiles == 1 ? 12 : FORMAT == 2 ? 4 : 8;
 }
 
-__host__ __device__ constexpr int least_blocks(int x_tiles, int row_tiles) {
+HOST_DEVICE constexpr int least_blocks(int x_tiles, int row_tiles) {
   return x_tiles > 1 ? 1 : FORMAT == 2 && row_tiles == 4 ? 3 : 2;
 }
 
 // Units that a warp has on their way.
-__host__ __device__ constexpr int rounds_ahead(int row_tiles) {
+HOST_DEVICE constexpr int rounds_ahead(int row_tiles) {
   if (FORMAT == 2) return (row_tiles == 4 ? 2 : 3) - (PARTS > 1 ? 1 : 0);
   return row_tiles == 4 || (row_tiles == 2 && FORMAT == 1) ? 2 : 4;
 }
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
   constexpr int WIDTH = 16 * ROW_TILES, RESULTS = GATED ? WIDTH / 2 : WIDTH;
   // 4 more than the rows of W, so that the lanes of a warp write to 32 banks.
   constexpr int STRIDE = WIDTH + 4;
-  extern __shared__ __align__(16) char smem[];
+  PYMLLM_SHARED(smem);
   launch_dependents();
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int m = static_cast<int>(a.m), n = static_cast<int>(a.n), k = static_cast<int>(a.k), units = k / UNIT;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
 
   const Layout at = layout_of(k, STAGED ? m : 0, a.norm != nullptr);
   if (STAGED) fetch_gain(smem, at, a.norm, k);
-  wait_for_prerequisites();
+  wait_for_previous();
   if constexpr (STAGED) stage(smem, at, static_cast<const char*>(a.x), a.x_stride, m, k, a.norm, a.eps);
 
   uint4 x[X_AHEAD][X_TILES][X_LOADS];
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
         const int row = 8 * c + 2 * t + i % 2;
         if (row < m) all[(warp * m + row) * STRIDE + 16 * r + 8 * (i / 2) + g] = sums[r][c][i];
       }
-  __syncthreads();
+  sync_block();
   const auto add_up = [&](int row, int place) {
     Sum sum = 0;
     for (int w = 0; w < warps; w++) sum += all[(w * m + row) * STRIDE + place];
@@ -242,12 +242,12 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
 
 // One row of x a block, normed and quantised once for all blocks of the product that follows.
 __global__ void prepare_kernel(const __grid_constant__ FewRowsArguments a, char* out, float* scales) {
-  extern __shared__ __align__(16) char smem[];
+  PYMLLM_SHARED(smem);
   launch_dependents();
   const int k = static_cast<int>(a.k), row = blockIdx.x;
   const Layout at = layout_of(k, 1, a.norm != nullptr);
   fetch_gain(smem, at, a.norm, k);
-  wait_for_prerequisites();
+  wait_for_previous();
   stage(smem, at, static_cast<const char*>(a.x) + row * a.x_stride, 0, 1, k, a.norm, a.eps);
   for (int chunk = threadIdx.x; chunk < k * X_BYTES / 16; chunk += blockDim.x)
     reinterpret_cast<uint4*>(out + static_cast<std::int64_t>(row) * k * X_BYTES)[chunk] =
