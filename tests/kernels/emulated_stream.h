@@ -1,8 +1,8 @@
 // csrc/cuda/stream.h on the CPU, and the names of CUDA that the linear nodes of few rows use as they are.
 //
 // A launch runs its blocks one after another. Strict beyond emulated_cuda.h: what the kernel before wrote appears
-// only when the first thread waits for it, addresses must be aligned as the hardware wants it, and a block may not
-// write behind its shared memory.
+// only when the first thread waits for it, and a load that is not aligned, or beside the memory that a test allows,
+// makes the launch fail.
 #pragma once
 
 #include "emulated_cuda.h"
@@ -37,21 +37,33 @@ struct Late {
     size_t bytes;
 };
 
+struct Span {
+    const char *begin, *end;
+};
+
 inline unsigned block, blocks;
 inline int launches;
 inline bool waited;
+inline bool dry;
+inline int shared_asked, threads_asked;  // by the last launch
 inline std::vector<Late> late;
+inline std::vector<Span> spans;  // global memory that loads may touch, where there are any
+inline int fault;                // a cudaError_t
 
-[[noreturn]] inline void refuse(const char* why) {
-    std::fprintf(stderr, "block %u, thread %d: %s\n", block, cluster->current, why);
-    std::abort();
-}
+constexpr int kInvalidValue = 1, kIllegalAddress = 700, kMisalignedAddress = 716;
 
+// What a load finds; zeros and a fault where the hardware would refuse.
 template <class T>
-inline T aligned(const void* from) {
-    if (reinterpret_cast<uintptr_t>(from) % sizeof(T)) refuse("a load that is not aligned");
-    T value;
-    std::memcpy(&value, from, sizeof(T));
+inline T loaded(const void* from) {
+    T value{};
+    const auto* first = static_cast<const char*>(from);
+    const auto inside = [&](const Span& span) { return first >= span.begin && first + sizeof(T) <= span.end; };
+    if (reinterpret_cast<uintptr_t>(from) % sizeof(T))
+        fault = kMisalignedAddress;
+    else if (!spans.empty() && std::none_of(spans.begin(), spans.end(), inside))
+        fault = kIllegalAddress;
+    else
+        std::memcpy(&value, from, sizeof(T));
     return value;
 }
 
@@ -74,21 +86,33 @@ PYMLLM_EXPORT void emulated_arrives(int launch, void* to, const void* from, size
     emulated::late.push_back({launch, to, from, bytes});
 }
 
+// Loads may touch these bytes, those of other calls, and nothing else.
+PYMLLM_EXPORT void emulated_allows(const char* from, size_t bytes) { emulated::spans.push_back({from, from + bytes}); }
+
 PYMLLM_EXPORT void emulated_clear() {
     emulated::launches = 0;
     emulated::late.clear();
+    emulated::spans.clear();
+    emulated::dry = false;
 }
+
+// From now on a launch runs nothing and is judged alone.
+PYMLLM_EXPORT void emulated_dry() { emulated::dry = true; }
+
+PYMLLM_EXPORT int emulated_shared() { return emulated::shared_asked; }
+
+PYMLLM_EXPORT int emulated_threads() { return emulated::threads_asked; }
 
 // ---- the functions of stream.h ----
 
-inline uint4 load_once(const void* from) { return emulated::aligned<uint4>(from); }
-inline uint32_t load_word_once(const void* from) { return emulated::aligned<uint32_t>(from); }
-inline uint4 load_shared_with_others(const void* from) { return emulated::aligned<uint4>(from); }
+inline uint4 load_once(const void* from) { return emulated::loaded<uint4>(from); }
+inline uint32_t load_word_once(const void* from) { return emulated::loaded<uint32_t>(from); }
+inline uint4 load_shared_with_others(const void* from) { return emulated::loaded<uint4>(from); }
 
 inline void copy_async(void* to, const void* from) {
-    emulated::aligned<uint4>(to);
-    emulated::aligned<uint4>(from);
-    copy_async(to, from, true);
+    if (reinterpret_cast<uintptr_t>(to) % 16) emulated::fault = emulated::kMisalignedAddress;
+    emulated::loaded<uint4>(from);
+    if (!emulated::fault) copy_async(to, from, true);
 }
 
 inline void wait_for_copies() {
@@ -126,15 +150,19 @@ constexpr int kCuda = 1000;
 template <typename... Parameters>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, bool, cudaStream_t,
            Parameters... arguments) {
-    constexpr int kInvalidValue = 1;
-    if (!grid.x || threads % 32 || threads < 32 || threads > 1024 || shared > 227 << 10) return kCuda + kInvalidValue;
+    emulated::shared_asked = shared;
+    emulated::threads_asked = threads;
+    if (!grid.x || threads % 32 || threads < 32 || threads > 1024 || shared > 227 << 10)
+        return kCuda + emulated::kInvalidValue;
+    if (emulated::dry) return 0;
+    emulated::fault = 0;
     emulated::on_wait = emulated::arrive;
     emulated::waited = false;
     emulated::blocks = grid.x;
     for (emulated::block = 0; emulated::block < grid.x; ++emulated::block)
         emulated::run(1, threads, shared, [&](int, int) { kernel(arguments...); });
     ++emulated::launches;
-    return 0;
+    return emulated::fault ? kCuda + emulated::fault : 0;
 }
 
 // ---- CUDA's own ----

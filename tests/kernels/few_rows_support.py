@@ -11,10 +11,13 @@ from triton_support import DEVICE, TINY, randn, rel_error, rms_norm, swiglu
 from pymllm_core.nn import quant_ops
 from pymllm_core.protocols.kernel import Norm
 from pymllm_kernels.cuda.few_rows import CudaLinear, CudaW4A16, CudaW8A8, columns_adjacent, ready
-from pymllm_kernels.cuda.few_rows_library import Operand, Plan
+from pymllm_kernels.cuda.few_rows_library import FewRows, Operand, Plan
 
 BF16, F32 = torch.bfloat16, torch.float32
-NODES = {"bfloat16": CudaLinear, "int8": CudaW8A8, "int4": CudaW4A16}
+EPS = 0.25
+"""Of the norm: large enough that a kernel without it is wrong."""
+
+NODES: dict[str, Any] = {"bfloat16": CudaLinear, "int8": CudaW8A8, "int4": CudaW4A16}
 
 
 def randint(seed: int, low: int, high: int, *shape: int) -> Tensor:
@@ -43,7 +46,7 @@ def weights(
 
 
 def own_product(
-    node: CudaLinear | CudaW8A8 | CudaW4A16,
+    node: Any,
     x: Tensor,
     packed: Any,
     plan: Plan,
@@ -54,8 +57,8 @@ def own_product(
 ) -> Tensor:
     """The node's product by our kernels with this plan, whatever the node's rules would say."""
     own = packed if isinstance(packed, Operand) else packed.own
-    assert node._kernels is not None
-    return node._kernels(ready(x), own, plan, norm=norm, residual=columns_adjacent(residual), dtype=out_dtype)
+    kernels: FewRows = node._kernels
+    return kernels(ready(x), own, plan, norm=norm, residual=columns_adjacent(residual), dtype=out_dtype)
 
 
 def check(
@@ -82,13 +85,13 @@ def check(
         tensors["bias"] = randn(seed + 3, total).cpu().to(F32 if form == "int8" else BF16)
     x = randn(seed + 4, rows, k + 16).to(device)[:, 8 : k + 8]  # rows that lie apart
     add = randn(seed + 5, rows, n + 5).to(device)[:, 3 : n + 3] if residual else None
-    gain = (randn(seed + 6, k).to(device), 1e-6) if norm else None
+    gain = (randn(seed + 6, k).to(device), EPS) if norm else None
     node = NODES[form]()
     packed = node.pack({name: t.to(device) for name, t in tensors.items()}, act="silu_mul" if gated else None)
     # Poison what the caching allocator will hand out for the result.
     torch.full((rows, n), float("nan"), dtype=out_dtype, device=device)
     if plan is None:
-        out = node.apply(x, packed, norm=gain, residual=add, out_dtype=out_dtype)
+        out: Tensor = node.apply(x, packed, norm=gain, residual=add, out_dtype=out_dtype)
     else:
         out = own_product(node, x, packed, plan, norm=gain, residual=add, out_dtype=out_dtype)
     wide = x.double() if gain is None else rms_norm(x, *gain)

@@ -1,4 +1,4 @@
-"""The linear nodes of few rows in CUDA C++: on a GPU against float64; plans and packing on any machine."""
+"""The linear nodes of few rows in CUDA C++: on a GPU against float64; packing on any machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from few_rows_support import BF16, F32, NODES, check, randint, weights
 from torch import Tensor
 from triton_support import randn
 
-from pymllm_kernels.cuda import few_rows_plan
 from pymllm_kernels.cuda.few_rows import CudaW8A8, to_constants, to_tiles
-from pymllm_kernels.cuda.few_rows_library import FORMATS, MAX_STAGED, UNIT, FewRows, Operand, Plan
+from pymllm_kernels.cuda.few_rows_library import FORMATS, UNIT, FewRows, Operand, Plan
 from pymllm_kernels.triton import launch
 
 
@@ -142,40 +141,6 @@ def test_packing_keeps_every_code(halves: int, rows: int, group: int) -> None:
             code = int(words[tile, unit, half, g, t, j]) >> (4 * i) & 15
             where = (tile, column // group, 8 * half + g)
             assert (128 + code + offset[where]) * scale[where] == wide[row, column]
-
-
-SHAPES = [
-    (4096, 1024, False), (1024, 2048, False), (3072, 1024, True), (1024, 3072, False), (6144, 2560, False),
-    (2560, 4096, False), (9728, 2560, True), (2560, 9728, False), (12288, 4096, True), (4096, 12288, False),
-    (151936, 4096, False), (16, 128, False), (33, 32768, False), (25600, 5120, True), (5120, 25600, False),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("n", "k", "gated"), SHAPES)
-@pytest.mark.parametrize("sms", [8, 16, 132])
-def test_plans_stay_within_what_the_kernels_take(n: int, k: int, gated: bool, sms: int) -> None:
-    """Warps of csrc/cuda/few_rows.cu's `max_warps`; shared memory of the smallest device, 99 KB."""
-    for bits in (8, 16):
-        plan = few_rows_plan.one_row_plan(n, k, sms, gated=gated, bits=bits)
-        assert (plan.row_tiles, plan.ahead) in {(r, a) for r in (1, 2, 4) for a in (2, 4, 8)} - {(4, 8)}
-        assert 1 <= plan.warps <= 8
-        assert plan.staged
-        assert plan.blocks >= sms
-    for form in UNIT:
-        # One row of the other formats has a plan of its own.
-        for rows in (1, 2, 8, 9, 16, 32) if form == "int4" else (2, 8):
-            plan = few_rows_plan.tiles_plan(rows, n, k, sms, gated=gated, normed=k <= 8192, weights=form)
-            limit = (
-                8
-                if rows > 8 or plan.row_tiles == 2
-                else {1: 12, 4: 4 if form == "int4" else 8}[plan.row_tiles]
-            )
-            assert 1 <= plan.warps <= limit
-            assert plan.row_tiles > 1 or not gated
-            assert not plan.staged or rows <= MAX_STAGED
-            x = rows * (k + 64) * 2 if plan.staged and form != "int8" else rows * (3 * k + 64) * plan.staged
-            gain = 2 * k if k <= 8192 else 0
-            assert x + gain + 2080 + plan.warps * rows * (16 * plan.row_tiles + 4) * 4 <= launch.LEAST_SHARED
 
 
 def test_a_refusal_says_what_was_asked() -> None:

@@ -6,21 +6,37 @@ products, and larger ones.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
+import functools
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from few_rows_support import BF16, F32, NODES, check, own_product, randint, weights
+from few_rows_support import BF16, EPS, F32, NODES, check, own_product, randint, weights
+from torch import Tensor
 from triton_support import randn
 
 from pymllm_core.nn import quant_ops
 from pymllm_kernels.cuda import few_rows
 from pymllm_kernels.cuda.few_rows import CudaW4A16, CudaW8A8
-from pymllm_kernels.cuda.few_rows_library import FORMATS, UNIT, Arguments, FewRows, FewRowsError, Format, Plan
+from pymllm_kernels.cuda.few_rows_library import (
+    FORMATS,
+    UNIT,
+    Arguments,
+    FewRows,
+    FewRowsError,
+    Format,
+    Operand,
+    Plan,
+)
+from pymllm_kernels.cuda.few_rows_plan import most_warps, one_row_plan, tiles_plan
+from pymllm_kernels.triton.launch import LEAST_SHARED
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
@@ -39,13 +55,23 @@ class Emulation:
         if form not in self._libraries:
             target = self._folder / f"{form.name}.so"
             macros = (f"-DPYMLLM_FORMAT={list(UNIT).index(form.weights)}", f"-DPYMLLM_PARTS={form.parts}")
-            flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas")
+            flags = (
+                "-std=c++17",
+                "-O1",
+                "-ffp-contract=off",
+                "-fPIC",
+                "-shared",
+                "-Wno-unknown-pragmas",
+                "-fno-gnu-unique",
+            )
             places = (f"-I{SOURCES}", f"-I{HERE}", "-DPYMLLM_EMULATED")
             source = SOURCES / "few_rows.cu"
             command = (self._compiler, *flags, *macros, *places, "-x", "c++", source, "-o", target)
             subprocess.run(command, check=True)
             self._libraries[form] = library = ctypes.CDLL(str(target))
+            library.emulated_allows.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
             library.emulated_arrives.argtypes = [ctypes.c_int, *(ctypes.c_void_p,) * 2, ctypes.c_size_t]
+        self._libraries[form].emulated_clear()
         return self._libraries[form]
 
 
@@ -106,10 +132,12 @@ def test_every_size_of_tiles(form: Format, plan: Plan) -> None:
             continue  # not compiled
         if plan.warps > 8 and rows > 8:
             continue
-        shape = {"seed": rows, "norm": True, "group": 128 // form.parts, "device": CPU, "plan": plan}
+        one = functools.partial(
+            check, form.weights, rows, norm=True, group=128 // form.parts, plan=plan, device=CPU
+        )
         if plan.row_tiles > 1:
-            check(form.weights, rows, 35, 640, gated=True, zero_points=True, **shape)
-        check(form.weights, rows, 70, 640, residual=True, **shape)
+            one(35, 640, gated=True, zero_points=True)
+        one(70, 640, residual=True)
 
 
 ONE_ROW = [
@@ -227,7 +255,7 @@ def test_nothing_is_read_before_it_is_there(
     tensors, _ = weights(form.weights, n, k, 128 // form.parts, zero_points=False, seed=rows)
     node = NODES[form.weights]()
     packed = node.pack(tensors, act=None)
-    gain = (randn(1, k).cpu(), 1e-6) if norm else None
+    gain = (randn(1, k).cpu(), EPS) if norm else None
     real = {"x": randn(2, rows, k).cpu(), "residual": randn(3, rows, n).cpu()}
     wanted = own_product(node, real["x"], packed, plan, norm=gain, residual=real["residual"], out_dtype=F32)
     late = {name: torch.full_like(tensor, NAN) for name, tensor in real.items()}
@@ -240,6 +268,36 @@ def test_nothing_is_read_before_it_is_there(
     got = own_product(node, late["x"], packed, plan, norm=gain, residual=late["residual"], out_dtype=F32)
     library.emulated_clear()
     assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(("form", "rows", "plan"), EARLY, ids=str)
+def test_nothing_is_read_beside_the_tensors(
+    emulation: Emulation, form: Format, rows: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows after the last of x and of the weight, columns after the last."""
+    n, k, rows = 21, 384, 7 if rows == 3 else rows
+    tensors, _ = weights(form.weights, 2 * n, k, 128 // form.parts, zero_points=False, seed=rows)
+    node = NODES[form.weights]()
+    packed = node.pack(tensors, act="silu_mul")
+    own = packed if isinstance(packed, Operand) else packed.own
+    assert own is not None
+    gain = None if form.weights == "int8" and not plan.staged else (randn(1, k).cpu(), EPS)
+    x = randn(2, rows, k).cpu()
+    made: list[Tensor] = []  # by the launch that prepares x
+
+    def remembered(*arguments: Any, **options: Any) -> Tensor:
+        made.append(empty(*arguments, **options))
+        library.emulated_allows(made[-1].data_ptr(), made[-1].numel() * made[-1].element_size())
+        return made[-1]
+
+    empty, library = torch.empty, emulation.library(form)
+    monkeypatch.setattr(torch, "empty", remembered)
+    for tensor in (x, own.weight, own.scale, None if gain is None else gain[0]):
+        if tensor is not None:
+            library.emulated_allows(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    plan = dataclasses.replace(plan, row_tiles=max(plan.row_tiles, 1 if plan.ahead else 2))
+    own_product(node, x, packed, plan, norm=gain, residual=None, out_dtype=BF16)
+    library.emulated_clear()
 
 
 @pytest.mark.parametrize(
@@ -261,6 +319,61 @@ def test_what_is_not_compiled_is_refused(form: str, rows: int, k: int, plan: Pla
     packed = node.pack(tensors, act=None)
     with pytest.raises(FewRowsError, match=f"M={rows}, N=16, K={k}: no kernel takes the shape"):
         own_product(node, randn(1, rows, k).cpu(), packed, plan, norm=None, residual=None, out_dtype=BF16)
+
+
+SHAPES = [
+    (4096, 1024, False), (1024, 2048, False), (3072, 1024, True), (1024, 3072, False), (6144, 2560, False),
+    (2560, 4096, False), (9728, 2560, True), (2560, 9728, False), (12288, 4096, True), (4096, 12288, False),
+    (151936, 4096, False), (16, 128, False), (33, 32768, False), (25600, 5120, True), (5120, 25600, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "k", "gated"), SHAPES)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_rules_choose_what_is_compiled_and_fits(
+    emulation: Emulation, form: Format, n: int, k: int, gated: bool
+) -> None:
+    """Every plan that the rules make is one that the library takes, with shared memory of the smallest device."""
+    library = emulation.library(form)
+    library.emulated_dry()
+    bits = {"bfloat16": 16, "int8": 8, "int4": 4}[form.weights]
+    operand = Operand(torch.empty(0), n, gated, torch.empty(0))
+    for sms in (8, 16, 132):
+        for rows in (1, 2, 8, 9, 16, 17, 32) if form.weights == "int4" else (1, 2, 8):
+            norm = (torch.empty(k, dtype=BF16), EPS) if k <= few_rows.MAX_NORMED else None
+            if rows == 1 and bits > 4:
+                plan = one_row_plan(n, k, sms, gated=gated, bits=bits)
+            else:
+                normed = norm is not None
+                plan = tiles_plan(rows, n, k, sms, gated=gated, normed=normed, weights=form.weights)
+                assert 1 <= plan.warps <= most_warps(rows, plan.row_tiles, form.weights)
+            x = torch.empty(rows, k, dtype=BF16)
+            FewRows(library, form)(x, operand, plan, norm=norm, residual=None, dtype=F32)
+            assert library.emulated_threads() == 32 * plan.warps
+            assert library.emulated_shared() <= LEAST_SHARED
+    library.emulated_clear()
+
+
+@pytest.mark.parametrize("form", list(UNIT))
+@pytest.mark.parametrize("row_tiles", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])
+def test_most_warps(emulation: Emulation, form: str, rows: int, row_tiles: int) -> None:
+    library = emulation.library(Format(form))
+    library.emulated_dry()
+    kernels, operand = FewRows(library, Format(form)), Operand(torch.empty(0), 16, False)
+    most = most_warps(rows, row_tiles, form)
+    for warps in (most, most + 1):
+        takes = contextlib.nullcontext() if 0 < warps <= most else pytest.raises(FewRowsError)
+        with takes:
+            kernels(
+                torch.empty(rows, 128, dtype=BF16),
+                operand,
+                Plan(row_tiles, warps, False),
+                norm=None,
+                residual=None,
+                dtype=BF16,
+            )
+    library.emulated_clear()
 
 
 def test_arguments_are_those_of_the_header() -> None:

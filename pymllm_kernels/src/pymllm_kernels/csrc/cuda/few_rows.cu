@@ -255,16 +255,19 @@ __global__ void prepare_kernel(const __grid_constant__ FewRowsArguments a, char*
   if (FORMAT == 1 && threadIdx.x == 0) scales[row] = reinterpret_cast<const float*>(smem + at.scales)[0];
 }
 
+int shared_bytes(const FewRowsArguments& a) {
+  const int m = static_cast<int>(a.m);
+  return layout_of(static_cast<int>(a.k), a.staged ? m : 0, a.norm != nullptr).sums +
+         a.warps * m * (16 * a.row_tiles + 4) * 4;
+}
+
 template <int X_TILES, int ROW_TILES, bool GATED, bool STAGED>
 int run(const FewRowsArguments& a, cudaStream_t stream) {
   if (a.warps > max_warps(X_TILES, ROW_TILES)) return kShape;
-  const int results = (GATED ? 8 : 16) * ROW_TILES, m = static_cast<int>(a.m);
-  const std::int64_t tiles = (a.n + results - 1) / results;
-  const Layout at = layout_of(static_cast<int>(a.k), STAGED ? m : 0, a.norm != nullptr);
-  const int shared = at.sums + a.warps * m * (16 * ROW_TILES + 4) * 4;
-  return launch(few_rows_kernel<X_TILES, ROW_TILES, GATED, STAGED>,
-                dim3(static_cast<unsigned>(tiles)), 32 * a.warps, shared, a.pdl != 0, stream,
-                a);
+  constexpr int RESULTS = (GATED ? 8 : 16) * ROW_TILES;
+  const std::int64_t tiles = (a.n + RESULTS - 1) / RESULTS;
+  return launch(few_rows_kernel<X_TILES, ROW_TILES, GATED, STAGED>, dim3(static_cast<unsigned>(tiles)), 32 * a.warps,
+                shared_bytes(a), a.pdl != 0, stream, a);
 }
 
 template <int X_TILES, bool STAGED>
@@ -297,6 +300,9 @@ PYMLLM_EXPORT int pymllm_few_rows(const FewRowsArguments* a, void* stream) {
   if (a->m <= 32) return choose<4, false>(*a, on);
   return kShape;
 }
+
+// Bytes of shared memory of a block, by m, k, norm, staged, row_tiles and warps, where `ahead` is 0.
+PYMLLM_EXPORT int pymllm_few_rows_shared_memory(const FewRowsArguments* a) { return shared_bytes(*a); }
 
 // norm(x), quantised where weights are int8, to out [M, K] and scales [M]; of `a`: m, k, x, x_stride, norm, eps, pdl.
 PYMLLM_EXPORT int pymllm_few_rows_prepare(const FewRowsArguments* a, void* out, float* scales, void* stream) {
