@@ -24,20 +24,24 @@ KERNELS = {16: TritonExperts, 8: TritonInt8Experts, 4: TritonInt4Experts}
 def make_experts(
     seed: int, experts: int, n: int, k: int, *, bits: int, group: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors that `pack` receives, and what they mean: [experts, n, k] in float64."""
+    """The tensors that `pack` receives, and what they mean: [experts, n, k] in float64.
+
+    Made on the device, where the experts of a whole model's layer would take seconds otherwise.
+    """
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    random: dict[str, Any] = {"generator": generator, "device": DEVICE}
     if bits == 16:
-        weight = randn(seed, experts, n, k, dtype=dtype, scale=k**-0.5)
+        weight = (torch.randn(experts, n, k, **random) * k**-0.5).to(dtype)
         return {"weight": weight}, weight.double()
-    generator = torch.Generator().manual_seed(seed)
     high = 1 << (bits - 1)
     shape = (experts, n, k // 2) if bits == 4 else (experts, n, k)
-    low, top = (0, 256) if bits == 4 else (-high, high)
-    stored = torch.randint(low, top, shape, generator=generator).to(torch.uint8 if bits == 4 else torch.int8)
-    scale = (torch.rand(experts, n, k // group, generator=generator) + 0.5) / (high * k**0.5)
-    tensors = {"weight": stored.to(DEVICE), "scale": scale.to(dtype).to(DEVICE)}
+    low, top, stored = (0, 256, torch.uint8) if bits == 4 else (-high, high, torch.int8)
+    tensors = {"weight": torch.randint(low, top, shape, dtype=stored, **random)}
+    scale = (torch.rand(experts, n, k // group, **random) + 0.5) / (high * k**0.5)
+    tensors["scale"] = scale.to(dtype)
     if not symmetric:
-        zero_point = torch.randint(-high, high, (experts, n, k // group), generator=generator)
-        tensors["zero_point"] = zero_point.to(torch.int8).to(DEVICE)
+        groups = (experts, n, k // group)
+        tensors["zero_point"] = torch.randint(-high, high, groups, dtype=torch.int8, **random)
     wide = []
     for expert in range(experts):
         codes = unpack_int4(tensors["weight"][expert], k) if bits == 4 else tensors["weight"][expert]
@@ -211,13 +215,13 @@ def quantised(x: Tensor) -> Tensor:
 
 
 def check_w8a8(tokens: int, *, experts: int, top_k: int, hidden: int, width: int, residual: bool) -> None:
-    generator = torch.Generator().manual_seed(tokens)
+    random: dict[str, Any] = {"generator": torch.Generator(DEVICE).manual_seed(tokens), "device": DEVICE}
     shapes = {"gate_up": (experts, 2 * width, hidden), "down": (experts, hidden, width)}
     tensors = {}
     for name, shape in shapes.items():
-        codes = torch.randint(-128, 128, shape, generator=generator).to(torch.int8).to(DEVICE)
-        scale = (torch.rand(shape[:2], generator=generator) + 0.5) / (64 * shape[2] ** 0.5)
-        tensors[name] = {"weight": codes, "weight_scale": scale.to(DEVICE)}
+        codes = torch.randint(-128, 128, shape, dtype=torch.int8, **random)
+        scale = (torch.rand(shape[:2], **random) + 0.5) / (64 * shape[2] ** 0.5)
+        tensors[name] = {"weight": codes, "weight_scale": scale}
     wide = {n: t["weight"].double() * t["weight_scale"].double()[..., None] for n, t in tensors.items()}
     x = randn(1, tokens, hidden + 4)[:, 4:]
     extra = randn(2, tokens, hidden) if residual else None
