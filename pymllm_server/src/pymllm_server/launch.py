@@ -63,8 +63,9 @@ def configure_logging(level: str) -> None:
 def make_engine(settings: Settings) -> Engine:
     """The real engine; imported here, so that wrong flags and busy ports are told without torch's delay."""
     from pymllm_core.engine.async_engine import AsyncEngine
+    from pymllm_core.engine.status import process_began
 
-    return AsyncEngine(settings)
+    return AsyncEngine(settings, began=process_began())
 
 
 def run(settings: Settings) -> int:
