@@ -34,8 +34,8 @@ def test_progress_is_told_in_bytes(folder: Path) -> None:
     assembly = assemble(Settings.of(str(folder), device="cpu", dtype="float32"), registry_of(TOY))
     told: list[Progress] = []
     build_engine(assembly, progress=told.append)
-    assert told[0].stage == "reading the tokenizer"
-    assert told[-1].stage == "preparing the engine"
+    stages = list(dict.fromkeys(p.stage for p in told))
+    assert stages == ["loading weights", "reading the tokenizer", "preparing the engine"]
     loading = [p for p in told if p.stage == "loading weights"]
     assert [p.done for p in loading] == sorted(p.done for p in loading)
     assert (loading[0].done, loading[0].fraction, loading[-1].fraction) == (0, 0.0, 1.0)
