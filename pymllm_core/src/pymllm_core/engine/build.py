@@ -259,7 +259,8 @@ def _make_processor(assembly: Assembly) -> Processor:
         if not folder.is_dir():
             options = SourceOptions(download_dir=server.download_dir, weights=False)
             folder = resolve_model(server.tokenizer_path, plugins.registry(), options)
-    return Processor(plan, load_tokenizer(folder, server), assembly.config)
+    tokenizer = load_tokenizer(folder, server, plan.model.spec.tokenizer)
+    return Processor(plan, tokenizer, assembly.config)
 
 
 def _graph_sizes(plan: Plan, builder: Builder, attention: AttentionBackend) -> tuple[int, ...]:
