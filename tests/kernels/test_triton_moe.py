@@ -86,17 +86,17 @@ def check(
     assert out.shape == (tokens, hidden)
     assert out.dtype == dtype
     # Rounded: the hidden row and the result; with many tokens also each expert's result, and integer weights.
-    assert rel_error(out, expected) < 1e-6 + TINY[dtype] * (2 + 2 * (tokens > MAX_FEW_TOKENS))
+    assert rel_error(out, expected) < 1e-6 + TINY[dtype] * (2 + 2 * (tokens > MAX_FEW_TOKENS[bits]))
     return out
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 19])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9, 19])
 def test_numbers_of_tokens(tokens: int, bits: int) -> None:
-    check(tokens, bits=bits, symmetric=tokens % 2 == 0, residual=tokens != 2)
+    check(tokens, bits=bits, symmetric=tokens % 2 == 0, residual=tokens != 4)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize(("bits", "group"), [(4, 64), (4, 96), (4, -1), (8, -1), (8, 32)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_groups(tokens: int, bits: int, group: int, symmetric: bool) -> None:
@@ -262,9 +262,10 @@ def test_w8a8_shapes_of_qwen3_30b(tokens: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 3, 8, 64, 500])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 500])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_shapes_of_qwen3_30b(tokens: int, bits: int) -> None:
     group = -1 if bits == 8 else 128
     check(tokens, experts=128, top_k=8, hidden=2048, width=768, bits=bits, group=group)
-    check(tokens, experts=128, top_k=8, hidden=2048, width=768, bits=bits, group=group, symmetric=False)
+    if bits < 16:
+        check(tokens, experts=128, top_k=8, hidden=2048, width=768, bits=bits, group=group, symmetric=False)
