@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 from pymllm_core import SamplingParams
 from pymllm_core.config import ServerSettings
@@ -76,7 +75,8 @@ def test_the_familys_class_reads_what_autotokenizer_does(
             asked.append(name)
             return expected
 
-    monkeypatch.setattr(transformers, "AutoTokenizer", Auto)
+    # By its name: transformers replaces itself when a model's module is imported.
+    monkeypatch.setattr("transformers.AutoTokenizer", Auto)
     found = load_tokenizer(folder, settings, known)
     assert not asked
     assert found is not None
