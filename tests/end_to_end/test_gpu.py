@@ -33,8 +33,9 @@ pytestmark = pytest.mark.gpu
 
 @FORMATS
 @GRAPHS
-@pytest.mark.parametrize("backend", ["triton", "pytorch"])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "pytorch"])
 def test_answers(model: str, backend: str, graphs: bool) -> None:
+    """`cuda` compiles its decode kernel at its first use, for which it needs nvcc."""
     check_answers(model, backend, graphs)
 
 
