@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from pymllm_core.config import Settings
-from pymllm_core.engine.status import Cancelled, EngineStats, Progress
+from pymllm_core.engine.status import Cancelled, EngineStats, Progress, StageTimes
 from pymllm_core.errors import EngineError, QueueFullError, RequestError
 from pymllm_core.output import Delta, Usage
 from pymllm_core.request import Request
@@ -86,10 +86,14 @@ class Stream:
 
 
 class AsyncEngine:
-    """Loads and runs an `Engine` on a thread of its own. Public methods may be called from any thread."""
+    """Loads and runs an `Engine` on a thread of its own. Public methods may be called from any thread.
 
-    def __init__(self, settings: Settings) -> None:
+    began: since when the start is timed (`time.monotonic`), None: since `start`.
+    """
+
+    def __init__(self, settings: Settings, *, began: float | None = None) -> None:
         self._settings = settings
+        self._began = began
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._wake = threading.Condition()
@@ -213,8 +217,11 @@ class AsyncEngine:
             self._engine = None
 
     def _load(self) -> Engine:
+        times = StageTimes(self._began)
+
         def report(progress: Progress) -> None:
             self.progress = progress
+            times(progress)
             if self._cancel.is_set():
                 raise Cancelled("loading was interrupted")
 
@@ -227,7 +234,9 @@ class AsyncEngine:
         self._plan = assembly.plan
         for note in assembly.plan.notes:
             logger.warning("%s", note)
-        return build_engine(assembly, progress=report, cancel=self._cancel)
+        engine = build_engine(assembly, progress=report, cancel=self._cancel)
+        logger.info("ready in %s", times.finish())
+        return engine
 
     def _serve(self, engine: Engine) -> None:
         while not self._cancel.is_set():
