@@ -75,11 +75,12 @@ DEVICE void norm_rotate(uint4 (&head)[kParts], const uint4 (&gain)[kParts], bool
 #pragma unroll
     for (int j = 0; j < kParts; ++j) widen(x[j], head[j]);
     if (norms) {
-        float squares = 0.0f;
+        float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // sums side by side, not one after another
 #pragma unroll
         for (int j = 0; j < kParts; ++j)
 #pragma unroll
-            for (int i = 0; i < 8; ++i) squares += x[j][i] * x[j][i];
+            for (int i = 0; i < 8; ++i) four[i % 4] += x[j][i] * x[j][i];
+        float squares = (four[0] + four[1]) + (four[2] + four[3]);
         squares += across(squares, 1);
         squares += across(squares, 2);
         const float scale = inverse_root(squares * (1.0f / kDim) + eps);
