@@ -169,7 +169,6 @@ MANY = [
     Split(2, cluster=2),
     Split(2, least=4, cluster=2),
     Split(8, least=8, cluster=2),
-    Split(4, least=16, cluster=2, warps=2),
 ]
 
 

@@ -22,6 +22,7 @@ constexpr int kTile = 16;             // tokens a warp takes at a time: the rows
 constexpr int kPieces = kDim / 8;     // of 16 bytes in a row
 constexpr int kParts = kDim / 32;     // pieces of a head that one lane of four holds
 constexpr int kMatrix = kTile * kDim; // numbers of a tile's keys, or values
+constexpr int kStages = 2;            // tiles of a warp that are on their way
 constexpr int kMaxGroup = 16;
 constexpr int kSumStride = kDim + 4;  // floats; lanes of different heads meet different banks
 constexpr float kNone = -INFINITY;
@@ -31,7 +32,7 @@ constexpr float kNone = -INFINITY;
 DEVICE constexpr int key_at(int row, int piece) { return row * kDim + (piece ^ ((row & 1) << 2)) * 8; }
 DEVICE constexpr int value_at(int row, int piece) { return row * kDim + (piece ^ (row & 7)) * 8; }
 
-template <int kWarps, int kStages>
+template <int kWarps>
 constexpr int shared_bytes() {
     return kWarps * kStages * 2 * kMatrix * 2 + kWarps * kMaxGroup * 8 + 16;
 }
@@ -145,7 +146,7 @@ DEVICE Share merge(int count, const Get& get, Share all = {kNone, 0.0f, {0.0f, 0
 
 // kColumns: mma columns, in eights, for the group's heads. kSpare: one of them is left for the new token's key, which
 // is prepared with the queries; what else comes of that column is not used.
-template <int kWarps, int kStages, int kColumns, bool kSpare>
+template <int kWarps, int kColumns, bool kSpare>
 DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t sequence, int thread, uint16_t* shared) {
     launch_dependents();
     const int warp = thread / 32, lane = thread % 32;
@@ -453,13 +454,7 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
 
 }  // namespace
 
-#ifndef PYMLLM_STAGES
-#define PYMLLM_STAGES 2
-#endif
-
 namespace {
-
-constexpr int kDepth = PYMLLM_STAGES;
 
 // Calls f with the instance for a group of heads as template arguments: kColumns and kSpare.
 template <class F>
@@ -476,10 +471,10 @@ auto for_group(int group, const F& f) {
 namespace {
 
 template <int kWarps, int kColumns, bool kSpare>
-__global__ void __launch_bounds__(kWarps * 32, kSpare && kWarps < 8 ? 12 / kWarps : 1)
+__global__ void __launch_bounds__(kWarps * 32, kSpare && kWarps == 4 ? 3 : 1)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
     extern __shared__ __align__(128) uint16_t shared[];
-    decode<kWarps, kDepth, kColumns, kSpare>(a, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, shared);
+    decode<kWarps, kColumns, kSpare>(a, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, shared);
 }
 
 template <int kWarps>
@@ -511,7 +506,7 @@ struct Launch {
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3(1 << a.splits_shift, a.kv_heads, a.batch);
         config.blockDim = dim3(kWarps * 32);
-        config.dynamicSmemBytes = shared_bytes<kWarps, kDepth>();
+        config.dynamicSmemBytes = shared_bytes<kWarps>();
         config.dynamicSmemBytes += inbox_floats(1 << a.cluster_shift, a.group) * 4;
         config.stream = stream;
         config.attrs = attributes;
@@ -533,15 +528,9 @@ struct Launch {
 
 // Both return a cudaError_t. The first one is called once for each device, outside of any capture.
 extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention_set_up() {
-    for (const int group : {1, 8, 16}) {
-        const cudaError_t all[] = {for_group(group, SetUp<4>{}), for_group(group, SetUp<8>{}),
-#if PYMLLM_STAGES == 1
-                                   for_group(group, SetUp<16>{}),
-#endif
-                                   for_group(group, SetUp<2>{})};
-        for (const cudaError_t status : all)
+    for (const int group : {1, 8, 16})
+        for (const cudaError_t status : {for_group(group, SetUp<4>{}), for_group(group, SetUp<8>{})})
             if (status != cudaSuccess) return status;
-    }
     return cudaSuccess;
 }
 
@@ -549,18 +538,14 @@ extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention(co
     if (a->group < 1 || a->group > kMaxGroup || a->batch < 1 || a->cluster_shift > a->splits_shift)
         return cudaErrorInvalidValue;
     const auto to = static_cast<cudaStream_t>(stream);
-    if (a->warps == 2) return for_group(a->group, Launch<2>{*a, to});
     if (a->warps == 4) return for_group(a->group, Launch<4>{*a, to});
     if (a->warps == 8) return for_group(a->group, Launch<8>{*a, to});
-#if PYMLLM_STAGES == 1
-    if (a->warps == 16) return for_group(a->group, Launch<16>{*a, to});
-#endif
     return cudaErrorInvalidValue;
 }
 
 // Bytes of a block without the inbox of a cluster, for benchmarks/cuda_resources.py.
 extern "C" __attribute__((visibility("default"))) int pymllm_decode_attention_shared_memory(int warps) {
-    return warps * shared_bytes<1, kDepth>() - (warps - 1) * 16;
+    return warps * shared_bytes<1>() - (warps - 1) * 16;
 }
 
 #endif  // PYMLLM_EMULATED
