@@ -170,7 +170,7 @@ DEVICE void decode(const DecodeArguments& a, int split, int kv_head, int64_t seq
     uint64_t* const pushed = reinterpret_cast<uint64_t*>(tops + kWarps * kMaxGroup * 2);
     float* const inbox = tops + kWarps * kMaxGroup * 2 + 4;
     if (cluster > 1) {
-        if (rank == 0 && thread == 0) expect_pushes(pushed, inbox_floats(members, group) * 4);
+        if (rank == 0 && members > 1 && thread == 0) expect_pushes(pushed, inbox_floats(members, group) * 4);
         arrive_begun();  // those without work, too: a thread that exits instead is noticed late
     }
     if (split >= active) return;
