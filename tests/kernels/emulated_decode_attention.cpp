@@ -1,7 +1,8 @@
-// csrc/cuda/decode_attention.cu for the CPU, with the library's own C functions. Blocks of a grid run one after
+// csrc/cuda/decode_kernel.h for the CPU, with the C functions of decode_attention.cu. Blocks of a grid run one after
 // another, the last split first, those of a cluster together.
-#define PYMLLM_EMULATED
-#include "decode_attention.cu"
+#include "emulated_cuda.h"
+
+#include "decode_kernel.h"
 
 namespace {
 

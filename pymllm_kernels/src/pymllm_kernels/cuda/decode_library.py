@@ -33,7 +33,7 @@ MAX_CLUSTER = 16
 
 
 class Arguments(ctypes.Structure):
-    """``DecodeArguments`` of csrc/cuda/decode_attention.h."""
+    """``DecodeArguments`` of csrc/cuda/decode_arguments.h."""
 
     _fields_ = [
         ("q", c_void_p),
