@@ -21,7 +21,8 @@ from gpu_timing import MODELS, Shape, copies_of, graph_us, rel_error
 from torch import Tensor
 
 from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
-from pymllm_kernels.cuda.decode_attention import CudaAttention, Split
+from pymllm_kernels.cuda.decode_attention import CudaAttention
+from pymllm_kernels.cuda.decode_plan import Split
 from pymllm_kernels.cuda.few_rows import CudaLinear
 from pymllm_kernels.triton.attention import TritonAttention
 

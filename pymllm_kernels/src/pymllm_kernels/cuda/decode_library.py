@@ -25,11 +25,8 @@ DIMS = (64, 128)
 MAX_GROUP = 16
 """Query heads of a KV head at most."""
 
-MAX_CLUSTER = 16
-"""Blocks of a cluster at most, on Hopper (CUDA programming guide, "Thread Block Clusters")."""
-
-WARPS = (4, 8)
-"""Of a block. The library has instances for both."""
+TILE = 16
+"""Tokens of the cache that a warp takes at a time."""
 
 
 def shared_bytes(dim: int, warps: int, cluster: int = 1, group: int = MAX_GROUP) -> int:
