@@ -271,7 +271,7 @@ def test_chosen_splits_can_be_launched(gpu: Gpu, dim: int) -> None:
             assert shared_bytes(dim, split.warps, split.cluster) <= gpu.shared
             assert split.cluster == 1 or gpu.major >= 9
             # No more parts than the longest sequence has blocks.
-            assert split.splits == 1 or split.splits // 2 * 64 < width
+            assert split.splits == 1 or split.splits // 2 * 256 < width
             assert split.warps == 4 or split.splits * items <= gpu.sms
 
 

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pymllm_kernels.cuda.decode_library import TILE, shared_bytes
 from pymllm_kernels.triton.launch import Gpu, ceil_div, power_of_2
 
-MAX_SPLITS = 8
-"""Of a sequence. Blocks without tokens leave at once, but the next kernel starts only when all have begun."""
+MAX_SPLITS = 16
+"""Of a sequence."""
+
+SHORT = 512
+"""Tokens of a table up to which clusters are not worth their launch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +37,11 @@ def choose_split(items: int, max_kv_len: int, gpu: Gpu, dim: int) -> Split:
     """For `items` pairs of a sequence and a KV head, of sequences that may grow to max_kv_len tokens."""
     room = gpu.sms // max(items, 1)
     if room and gpu.shared >= shared_bytes(dim, 8, cluster=2):
-        # A block a multiprocessor at most, so large that up to 256 tokens need one or two.
-        splits = min(1 << (room.bit_length() - 1), MAX_SPLITS, power_of_2(ceil_div(max_kv_len, 8 * TILE)))
-        if gpu.major >= 9 and splits > 2:
+        # A block a multiprocessor at most, so large that two rounds of its warps are 256 tokens. Blocks without tokens
+        # leave at once, but the next kernel starts only when all have begun: few tokens, few blocks.
+        splits = min(1 << (room.bit_length() - 1), MAX_SPLITS, power_of_2(ceil_div(max_kv_len, 16 * TILE)))
+        if gpu.major >= 9 and splits > 1 and max_kv_len > SHORT:
             return Split(splits, cluster=2, warps=8)
         return Split(splits, least=2, warps=8)
     # Several blocks a multiprocessor. Parts of 512 tokens at least are worth meeting in global memory.
-    return Split(min(4, power_of_2(ceil_div(max_kv_len, 4 * TILE))), least=8)
+    return Split(min(4, power_of_2(ceil_div(max_kv_len, 32 * TILE))), least=8)

@@ -3,18 +3,11 @@
 
 #include "decode_kernel.h"
 
-#ifndef PYMLLM_MIN8
-#define PYMLLM_MIN8 1
-#endif
-#ifndef PYMLLM_MIN4
-#define PYMLLM_MIN4 3
-#endif
-
 namespace {
 
 // Three blocks of four warps find room on a Hopper multiprocessor if a thread has 168 registers at most.
 template <int kWarps, int kColumns, bool kSpare>
-__global__ void __launch_bounds__(kWarps * 32, PYMLLM_SM90 && kSpare ? (kWarps == 4 ? PYMLLM_MIN4 : PYMLLM_MIN8) : 1)
+__global__ void __launch_bounds__(kWarps * 32, PYMLLM_SM90 && kSpare && kWarps == 4 ? 3 : 1)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
     extern __shared__ __align__(128) uint16_t shared[];
     decode<kWarps, kColumns, kSpare>(a, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, shared);

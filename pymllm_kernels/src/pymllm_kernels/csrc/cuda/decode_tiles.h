@@ -8,10 +8,7 @@ namespace {
 
 constexpr int kTile = 16;              // tokens a warp takes at a time: the rows of an mma
 constexpr int kMatrix = kTile * kDim;  // numbers of a tile's keys, or values
-#ifndef PYMLLM_STAGES
-#define PYMLLM_STAGES 2
-#endif
-constexpr int kStages = PYMLLM_STAGES;             // tiles of a warp that are on their way
+constexpr int kStages = 2;             // tiles of a warp that are on their way
 constexpr int kWarpRoom = kStages * 2 * kMatrix;
 constexpr int kSumStride = kDim + 4;  // floats; lanes of different heads meet different banks
 constexpr float kNone = -INFINITY;
