@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pymllm_core.config import Settings
-from pymllm_core.engine.async_engine import AsyncEngine, Stream
+from pymllm_core.engine.async_engine import AsyncEngine
+from pymllm_core.engine.stream import Stream
 from pymllm_core.errors import EngineError, RequestError
 from pymllm_core.output import Completion, Delta, TokenLogprob, Usage
 from pymllm_core.request import Request
@@ -106,7 +107,7 @@ def test_a_step_that_fails_ends_its_requests_only(
     async def ask() -> list[Delta]:
         return await read(engine.submit(Request("a", (5, 6), greedy(5))))
 
-    inner: Any = engine._engine
+    inner: Any = engine._host.engine  # type: ignore[attr-defined]
     launch = inner.runner.launch
 
     def fail(batch: Any) -> Any:

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from pymllm_core.engine.graphs import graph_sizes
 from pymllm_core.engine.headers import read_json
 from pymllm_core.engine.loader import load_weights
 from pymllm_core.engine.model_graph import make_graph
-from pymllm_core.engine.processor import Processor, load_tokenizer
+from pymllm_core.engine.processor import load_processor
 from pymllm_core.engine.runner import Runner, RunnerConfig
 from pymllm_core.engine.scheduler import Scheduler, SchedulerLimits
 from pymllm_core.engine.status import Progress, ProgressCallback
@@ -173,13 +172,7 @@ def build_engine(
     if overlap is None:
         overlap = device.type == "cuda"
     progress(Progress("reading the tokenizer"))
-    folder = plan.model_path
-    if server.tokenizer_path is not None and server.tokenizer_path != server.model_path:
-        folder = Path(server.tokenizer_path).expanduser()
-        if not folder.is_dir():
-            options = SourceOptions(download_dir=server.download_dir, weights=False)
-            folder = resolve_model(server.tokenizer_path, plugins.registry(), options)
-    processor = Processor(plan, load_tokenizer(folder, server), assembly.config)
+    processor = load_processor(plan)
     checkpoint = None if server.load_format == "dummy" else Checkpoint(plan.model_path)
     with torch.inference_mode():
         load_weights(

@@ -1,0 +1,340 @@
+"""The engine's loop in a process of its own, so that the server's Python does not hold its steps up.
+
+A pair of sockets carries pickled (method, arguments): the commands of `EngineHost` one way, the calls of
+`Listener` the other. Only these two processes have its ends, so whichever side ends, the other reads the end of the
+file and ends too, however that came about. The child is started afresh (never forked), and imports what it needs;
+this side needs neither torch nor a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from pymllm_core.config import Settings
+from pymllm_core.engine.loop import EngineLoop, Listener, Load
+from pymllm_core.engine.status import Cancelled, EngineStats, Progress
+from pymllm_core.errors import EngineError, PymllmError
+from pymllm_core.output import Delta, Usage
+from pymllm_core.request import Request
+
+if TYPE_CHECKING:
+    from pymllm_core.engine.processor import Processor
+    from pymllm_core.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+STOP_S = 3.0
+"""How long a process may take to end in order; then it is killed."""
+STOP_LOADING_S = 0.3
+"""The same while it loads: nothing can be lost then, and imports and compilers do not listen."""
+
+_PROGRAM = (
+    "import sys; from multiprocessing.connection import Connection; connection = Connection({fd}); "
+    "sys.path[:] = connection.recv(); from pymllm_core.engine.process import child; child(connection)"
+)
+
+
+class EngineProcess:
+    """An `EngineHost`: a child process with an `EngineLoop`, and a thread here that reads its news."""
+
+    def __init__(self, settings: Settings, listener: Listener, load: Load) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._load = load
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection[Any, Any] | None = None
+        self._sending = threading.Lock()
+        self._reader = threading.Thread(target=self._read, name="pymllm-engine-news", daemon=True)
+        self._processor: _ProcessorThread | None = None
+        self._stopping = False
+        self._loading = True
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id once it is started."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        ours, theirs = socket.socketpair()
+        program = _PROGRAM.format(fd=theirs.fileno())
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
+        with theirs, _interrupts_blocked():
+            self._process = subprocess.Popen(
+                [sys.executable, *flags, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+            )
+        self._connection = Connection(ours.detach())
+        level = logging.getLogger().level
+        with contextlib.suppress(OSError):  # a child that died at once is told of by the reader
+            self._connection.send(sys.path)
+            self._connection.send((self._settings, self._load, level))
+        self._reader.start()
+
+    def add(self, request: Request) -> None:
+        self._send("add", request)
+
+    def abort(self, request_id: str) -> None:
+        self._send("abort", request_id)
+
+    def flush_cache(self) -> None:
+        self._send("flush_cache")
+
+    def stop(self) -> bool:
+        if self._process is None:
+            return True
+        self._stopping = True
+        self._send("stop")
+        limit = STOP_LOADING_S if self._loading else STOP_S
+        try:
+            self._process.wait(limit)
+        except subprocess.TimeoutExpired:
+            if not self._loading:
+                logger.warning("the engine's process did not end within %.0f s, and is killed", limit)
+            self._process.kill()
+        if self._reader is not threading.current_thread():
+            self._reader.join()
+        return True
+
+    def _send(self, command: str, *arguments: Any) -> None:
+        connection = self._connection
+        assert connection is not None
+        message = pickle.dumps((command, arguments), pickle.HIGHEST_PROTOCOL)
+        # Where the child is gone, the reader tells everybody.
+        with self._sending, contextlib.suppress(OSError):
+            connection.send_bytes(message)
+
+    # -- the reader's thread ----------------------------------------------------------------------
+
+    def _read(self) -> None:
+        assert self._connection is not None
+        assert self._process is not None
+        failure: BaseException | None = None
+        try:
+            while True:
+                name, arguments = self._connection.recv()
+                if name == "ended":
+                    failure = _rebuilt(*arguments)
+                    break
+                getattr(self, f"_on_{name}")(*arguments)
+        except (EOFError, OSError):
+            code = self._process.wait()
+            failure = Cancelled("the engine was stopped") if self._stopping else EngineError(_died(code))
+        except Exception as error:  # the tokenizer's, or a message that cannot be read
+            failure = error
+            self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_S)
+        self._connection.close()
+        self._listener.ended(failure)
+
+    def _on_loading(self, progress: Progress) -> None:
+        self._listener.loading(progress)
+
+    def _on_planned(self, plan: Plan) -> None:
+        self._processor = _ProcessorThread(plan)  # while the child loads the weights
+        self._listener.planned(plan)
+
+    def _on_ready(self) -> None:
+        assert self._processor is not None
+        processor = self._processor.result()
+        self._loading = False
+        self._listener.ready(processor)
+
+    def _on_news(self, packed: list[Delta | tuple[Any, ...]], stats: EngineStats) -> None:
+        self._listener.news([_unpacked(one) for one in packed], stats)
+
+    def _on_flushed(self, done: bool) -> None:
+        self._listener.flushed(done)
+
+    @staticmethod
+    def _on_log(record: logging.LogRecord) -> None:
+        target = logging.getLogger(record.name)
+        if target.isEnabledFor(record.levelno):
+            target.handle(record)
+
+
+class _ProcessorThread(threading.Thread):
+    """Loads this side's tokenizer, without torch."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(name="pymllm-tokenizer", daemon=True)
+        self._plan = plan
+        self._processor: Processor | None = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with _transformers_without_torch(self._plan.settings):
+                from pymllm_core.engine.processor import load_processor
+
+                self._processor = load_processor(self._plan)
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Processor:
+        """Waits. Raises what loading raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        assert self._processor is not None
+        return self._processor
+
+
+@contextlib.contextmanager
+def _transformers_without_torch(settings: Settings) -> Iterator[None]:
+    """Have transformers take torch for absent, as it then serves tokenizers only: 200 MB and seconds less.
+
+    Not where torch is imported already, nor for tokenizers with code of their own, which may use it.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules or settings.server.trust_remote_code:
+        yield
+        return
+    # "If the value is None, a ModuleNotFoundError is raised" (Python's reference, 5.3.1 The module cache).
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # it would advise to install torch
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A process started here does not see Ctrl-C, which the terminal sends to it too, until it says so."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _died(code: int) -> str:
+    if code >= 0:
+        return f"the engine's process ended with exit code {code}; its own messages are on stderr"
+    hint = "; the system may be out of memory" if -code == signal.SIGKILL else ""
+    return f"the engine's process was killed by {signal.Signals(-code).name} (exit code {code}){hint}"
+
+
+class RemoteTraceback(Exception):
+    """Where an error came from in the engine's process, as the cause of the error here."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"in the engine's process:\n{self.text}"
+
+
+def _rebuilt(error: BaseException | None, text: str) -> BaseException | None:
+    if error is not None and not isinstance(error, PymllmError):
+        error.__cause__ = RemoteTraceback(text)
+    return error
+
+
+# -- the child ------------------------------------------------------------------------------------
+
+
+class _Teller:
+    """The child's `Listener`: sends every call to the parent."""
+
+    def __init__(self, connection: Connection[Any, Any]) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, name: str, *arguments: Any) -> None:
+        """Without effect where the parent is gone: the end of the file ends this process."""
+        message = pickle.dumps((name, arguments), pickle.HIGHEST_PROTOCOL)
+        with self._lock, contextlib.suppress(OSError):
+            self._connection.send_bytes(message)
+
+    def loading(self, progress: Progress) -> None:
+        self.send("loading", progress)
+
+    def planned(self, plan: Plan) -> None:
+        self.send("planned", plan)
+
+    def ready(self, processor: Processor) -> None:
+        self.send("ready")
+
+    def news(self, deltas: list[Delta], stats: EngineStats) -> None:
+        self.send("news", [_packed(delta) for delta in deltas], stats)
+
+    def flushed(self, done: bool) -> None:
+        self.send("flushed", done)
+
+    def ended(self, error: BaseException | None) -> None:
+        text = "" if error is None else "".join(traceback.format_exception(error))
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # a class that only this process knows, or whose arguments are not its fields
+            error = EngineError(f"{type(error).__name__}: {error}")
+        self.send("ended", error, text)
+
+
+def _packed(delta: Delta) -> Delta | tuple[Any, ...]:
+    """What most deltas have, as a plain tuple: a tenth of the time to pickle."""
+    if delta.finish_reason is None and delta.logprobs is None:
+        return (delta.request_id, delta.text, delta.token_ids, *delta.usage)
+    return delta
+
+
+def _unpacked(packed: Delta | tuple[Any, ...]) -> Delta:
+    if isinstance(packed, Delta):
+        return packed
+    request_id, text, token_ids, prompt, completion, cached = packed
+    return Delta(request_id, text, token_ids, Usage(prompt, completion, cached))
+
+
+class _LogSender(logging.handlers.QueueHandler):
+    """Hands records to the parent, whose handlers, format and levels so hold for both."""
+
+    def __init__(self, teller: _Teller) -> None:
+        super().__init__(None)  # type: ignore[arg-type]  # `enqueue` needs no queue
+        self._teller = teller
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._teller.send("log", record)
+
+
+def child(connection: Connection[Any, Any]) -> None:
+    """The child's main function: obey until told to stop, or until the parent is gone."""
+    # A handler that does nothing, rather than none: the compilers that this process starts shall hear Ctrl-C.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.set_inheritable(connection.fileno(), False)
+    settings, load, level = connection.recv()
+    teller = _Teller(connection)
+    logging.basicConfig(level=level, handlers=[_LogSender(teller)], force=True)
+    loop = EngineLoop(settings, teller, load)
+    loop.start()
+    try:
+        while True:
+            name, arguments = connection.recv()
+            if name == "stop":
+                break
+            getattr(loop, name)(*arguments)
+    except (EOFError, OSError):
+        pass
+    if not loop.stop(STOP_S):
+        # The interpreter cannot end in order beside a thread that is still in torch.
+        os._exit(1)
