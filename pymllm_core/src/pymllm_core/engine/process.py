@@ -1,9 +1,8 @@
 """The engine's loop in a process of its own, so that the server's Python does not hold its steps up.
 
-A pair of sockets carries pickled (method, arguments): the commands of `EngineHost` one way, the calls of
-`Listener` the other. Only these two processes have its ends, so whichever side ends, the other reads the end of the
-file and ends too, however that came about. The child is started afresh (never forked), and imports what it needs;
-this side needs neither torch nor a device.
+A pipe (`child`) carries pickled (method, arguments): the commands of `EngineHost` one way, the calls of `Listener`
+the other. Whichever side ends, however that comes about, the other one reads the end of the file and ends too. This
+side needs neither torch nor a device.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import logging.handlers
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +21,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from pymllm_core.child import start_child
 from pymllm_core.config import Settings
 from pymllm_core.engine.loop import EngineLoop, Listener, Load
 from pymllm_core.engine.status import Cancelled, EngineStats, Progress
@@ -41,11 +40,6 @@ STOP_S = 3.0
 STOP_LOADING_S = 0.3
 """The same while it loads: nothing can be lost then, and imports and compilers do not listen."""
 
-_PROGRAM = (
-    "import sys; from multiprocessing.connection import Connection; connection = Connection({fd}); "
-    "sys.path[:] = connection.recv(); from pymllm_core.engine.process import child; child(connection)"
-)
-
 
 class EngineProcess:
     """An `EngineHost`: a child process with an `EngineLoop`, and a thread here that reads its news."""
@@ -55,7 +49,7 @@ class EngineProcess:
         self._listener = listener
         self._load = load
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection[Any, Any] | None = None
+        self._connection: Connection | None = None
         self._sending = threading.Lock()
         self._reader = threading.Thread(target=self._read, name="pymllm-engine-news", daemon=True)
         self._processor: _ProcessorThread | None = None
@@ -68,18 +62,9 @@ class EngineProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        ours, theirs = socket.socketpair()
-        program = _PROGRAM.format(fd=theirs.fileno())
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
-        with theirs, _interrupts_blocked():
-            self._process = subprocess.Popen(
-                [sys.executable, *flags, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
-            )
-        self._connection = Connection(ours.detach())
-        level = logging.getLogger().level
+        self._process, self._connection = start_child(main)
         with contextlib.suppress(OSError):  # a child that died at once is told of by the reader
-            self._connection.send(sys.path)
-            self._connection.send((self._settings, self._load, level))
+            self._connection.send((self._settings, self._load, logging.getLogger().level))
         self._reader.start()
 
     def add(self, request: Request) -> None:
@@ -217,16 +202,6 @@ def _transformers_without_torch(settings: Settings) -> Iterator[None]:
             os.environ[quiet] = before
 
 
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """A process started here does not see Ctrl-C, which the terminal sends to it too, until it says so."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _died(code: int) -> str:
     if code >= 0:
         return f"the engine's process ended with exit code {code}; its own messages are on stderr"
@@ -257,7 +232,7 @@ def _rebuilt(error: BaseException | None, text: str) -> BaseException | None:
 class _Teller:
     """The child's `Listener`: sends every call to the parent."""
 
-    def __init__(self, connection: Connection[Any, Any]) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
 
@@ -316,15 +291,16 @@ class _LogSender(logging.handlers.QueueHandler):
         self._teller.send("log", record)
 
 
-def child(connection: Connection[Any, Any]) -> None:
-    """The child's main function: obey until told to stop, or until the parent is gone."""
+def main(connection: Connection) -> None:
+    """The child's: obey until told to stop, or until the parent is gone."""
     # A handler that does nothing, rather than none: the compilers that this process starts shall hear Ctrl-C.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.set_inheritable(connection.fileno(), False)
     settings, load, level = connection.recv()
     teller = _Teller(connection)
-    logging.basicConfig(level=level, handlers=[_LogSender(teller)], force=True)
+    logging.getLogger().setLevel(level)
+    logging.getLogger().addHandler(_LogSender(teller))
     loop = EngineLoop(settings, teller, load)
     loop.start()
     try:
