@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import threading
 import time
 from collections import deque
@@ -25,6 +26,8 @@ from pymllm_core.request import Request
 if TYPE_CHECKING:
     from pymllm_core.engine.processor import Processor
     from pymllm_core.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "failed", "stopped"]
 _FLUSH_S = 10.0
@@ -187,6 +190,8 @@ class AsyncEngine:
         if error is None and not self._loaded.is_set():
             error = Cancelled("the engine was stopped")
         message = str(error) if error is not None else "the engine was stopped"
+        if not stopped and self._loaded.is_set():  # how loading ended is said by whoever waits for it
+            logger.error("the engine failed: %s", message)
         with self._lock:
             self.error = error
             self.state = "stopped" if stopped else "failed"

@@ -119,9 +119,13 @@ class EngineProcess:
         except Exception as error:  # the tokenizer's, or a message that cannot be read
             failure = error
             self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with self._sending:
+            self._connection.close()  # the end of the file for the child, if it lives
+        try:
             self._process.wait(STOP_S)
-        self._connection.close()
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._listener.ended(failure)
 
     def _on_loading(self, progress: Progress) -> None:
