@@ -34,17 +34,18 @@ class _Output:
         sequence = self.sequence
         wanted = sequence.request.params.logprobs is not None
         delta = Delta(
-            request_id=sequence.request.id,
-            text="".join(self.text),
-            token_ids=tuple(self.tokens),
-            usage=sequence.usage,
-            finish_reason=reason,
-            matched_stop=matched,
-            logprobs=tuple(self.logprobs) if wanted else None,
-            error=error,
-            timings=sequence.timings if reason else None,
+            sequence.request.id,
+            "".join(self.text),
+            tuple(self.tokens),
+            sequence.usage,
+            reason,
+            matched,
+            tuple(self.logprobs) if wanted else None,
+            error,
+            sequence.timings if reason else None,
         )
-        self.text, self.tokens, self.logprobs = [], [], []
+        for said in (self.text, self.tokens, self.logprobs):
+            said.clear()
         return delta
 
 
@@ -153,7 +154,8 @@ class Engine:
     def _commit(self, sampled: list[Sampled]) -> list[Delta]:
         deltas = []
         interval = self.plan.settings.server.stream_interval
-        for sequence, token, logprob in ((s.sequence, s.token, s.logprob) for s in sampled):
+        for one in sampled:
+            sequence, token, logprob = one.sequence, one.token, one.logprob
             if not self.scheduler.commit(sequence, token):
                 continue
             self._generated_tokens += 1
