@@ -20,7 +20,7 @@ from pymllm_core.bench.record import append_row, provenance
 from pymllm_core.bench.workload import VOCAB_SIZE, Ask, Range, arrivals, file_asks, random_asks
 from pymllm_core.errors import EngineError
 
-ASKS_A_PROCESS = 16
+ASKS_A_PROCESS = 8
 """Requests under way, or arriving a second, for which one client process is enough."""
 
 

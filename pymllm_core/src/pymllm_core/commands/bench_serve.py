@@ -72,7 +72,7 @@ class ServeCommand(click.Command):
 @click.option(
     "--processes",
     type=_positive,
-    help="Client processes. [default: one for each 16 requests at once or a second, on half of the cores at most]",
+    help="Client processes. [default: one for each 8 requests at once or a second, on half of the cores at most]",
 )
 @click.option("--seed", type=int, default=42, show_default=True, help="Of prompts, lengths and arrivals.")
 @click.option("--run-name", default="default", show_default=True, help="Names the run in its rows.")

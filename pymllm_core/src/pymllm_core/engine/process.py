@@ -1,12 +1,13 @@
 """The engine's loop in a process of its own, so that the server's Python does not hold its steps up.
 
-A pipe (`child`) carries pickled (method, arguments): the commands of `EngineHost` one way, the calls of `Listener`
-the other. Whichever side ends, however that comes about, the other one reads the end of the file and ends too. This
-side needs neither torch nor a device.
+A pipe (`child`) carries pickled (method, arguments): the commands of `EngineHost` one way, as lists, the calls of
+`Listener` the other. Whichever side ends, however that comes about, the other one reads the end of the file and ends
+too. This side needs neither torch nor a device.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import logging.handlers
@@ -51,6 +52,8 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._sending = threading.Lock()
+        self._outbox: list[tuple[str, tuple[Any, ...]]] = []
+        self._flusher: asyncio.AbstractEventLoop | None = None
         self._reader = threading.Thread(target=self._read, name="pymllm-engine-news", daemon=True)
         self._processor: _ProcessorThread | None = None
         self._stopping = False
@@ -93,12 +96,32 @@ class EngineProcess:
         return True
 
     def _send(self, command: str, *arguments: Any) -> None:
-        connection = self._connection
-        assert connection is not None
-        message = pickle.dumps((command, arguments), pickle.HIGHEST_PROTOCOL)
-        # Where the child is gone, the reader tells everybody.
-        with self._sending, contextlib.suppress(OSError):
-            connection.send_bytes(message)
+        """Send now, or from an event loop's thread when the loop has done what it is at: many requests in one go."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        with self._sending:
+            self._outbox.append((command, arguments))
+            if loop is not None and self._flusher is loop:
+                return
+            self._flusher = loop
+        if loop is None:
+            self._flush()
+        else:
+            loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        assert self._connection is not None
+        with self._sending:
+            self._flusher = None
+            if not self._outbox:
+                return
+            message = pickle.dumps(self._outbox, pickle.HIGHEST_PROTOCOL)
+            self._outbox.clear()
+            # Where the child is gone, the reader tells everybody.
+            with contextlib.suppress(OSError):
+                self._connection.send_bytes(message)
 
     # -- the reader's thread ----------------------------------------------------------------------
 
@@ -308,11 +331,12 @@ def main(connection: Connection) -> None:
     loop = EngineLoop(settings, teller, load)
     loop.start()
     try:
-        while True:
-            name, arguments = connection.recv()
-            if name == "stop":
-                break
-            getattr(loop, name)(*arguments)
+        stopping = False
+        while not stopping:
+            for name, arguments in connection.recv():
+                stopping |= name == "stop"
+                if name != "stop":
+                    getattr(loop, name)(*arguments)
     except (EOFError, OSError):
         pass
     if not loop.stop(STOP_S):
