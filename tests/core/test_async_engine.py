@@ -13,10 +13,12 @@ import pytest
 
 from pymllm_core.config import Settings
 from pymllm_core.engine.async_engine import AsyncEngine
+from pymllm_core.engine.detokenizer import Detokenizer
+from pymllm_core.engine.engine import Engine
 from pymllm_core.engine.stream import Stream
 from pymllm_core.errors import EngineError, QueueFullError, RequestError
 from pymllm_core.output import Completion, Delta, TokenLogprob, Usage
-from pymllm_core.request import Request
+from pymllm_core.request import Request, SamplingParams
 from pymllm_core.testing.accidents import BURNS, load_toy
 from pymllm_core.testing.checkpoints import write_toy
 from pymllm_core.testing.engines import complete, greedy, make_engine
@@ -211,6 +213,71 @@ def test_a_full_queue_refuses_and_stopping_ends_streams(limited: AsyncEngine) ->
         limited.submit(Request("b", (5, 6), greedy(5)))
     with pytest.raises(EngineError, match="stopped"):
         limited.flush_cache()
+
+
+@pytest.fixture
+def speaking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[AsyncEngine, Engine]]:
+    """An engine with a tokenizer, whose streams make the text, and one that makes it itself."""
+    write_toy(tmp_path, tokenizer=True)
+    reference = make_engine(tmp_path)
+    monkeypatch.setattr("pymllm_core.plugins.registry", None)
+    with started(tmp_path, "off") as found:
+        yield found, reference
+
+
+def test_streams_make_the_text_that_the_engine_would(speaking: tuple[AsyncEngine, Engine]) -> None:
+    engine, reference = speaking
+    prompt = (5, 6, 7)
+    whole = complete(reference, [prompt], greedy(40))[0]
+    stops = whole.text[10:13]
+    cases = [
+        greedy(40),
+        greedy(40, skip_special_tokens=False),
+        greedy(40, stop_token_ids=(whole.token_ids[20],), skip_special_tokens=False),
+        greedy(40, stop=(stops,)),
+        SamplingParams(max_tokens=60, temperature=1.5, seed=7, skip_special_tokens=False),
+    ]
+
+    async def ask(params: SamplingParams, *, stream: bool, pause: float) -> Completion:
+        deltas = []
+        async for delta in engine.submit(Request("a", prompt, params, stream=stream)):
+            deltas.append(delta)
+            await asyncio.sleep(pause)
+        return Completion.join(deltas)
+
+    for params in cases:
+        expected = complete(reference, [prompt], params)[0]
+        for stream, pause in ((True, 0.0), (True, 0.02), (False, 0.0)):
+            found = asyncio.run(ask(params, stream=stream, pause=pause))
+            assert (found.text, found.token_ids) == (expected.text, expected.token_ids)
+            assert (found.finish_reason, found.matched_stop) == (
+                expected.finish_reason,
+                expected.matched_stop,
+            )
+    assert complete(reference, [prompt], cases[2])[0].finish_reason == "stop"
+    assert complete(reference, [prompt], cases[3])[0].text == whole.text[: whole.text.index(stops)]
+
+
+def test_a_tokenizer_that_raises_ends_its_request_only(
+    speaking: tuple[AsyncEngine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = speaking
+
+    def raises(*_: object) -> str:
+        raise ValueError("no such piece")
+
+    async def ask() -> tuple[list[Delta], list[Delta]]:
+        other = engine.submit(Request("b", (5, 6), greedy(20)))
+        monkeypatch.setattr(Detokenizer, "extend", raises)
+        broken = await read(engine.submit(Request("a", (5, 6), greedy(200))))
+        monkeypatch.undo()
+        return broken, await read(other)
+
+    broken, other = asyncio.run(ask())
+    assert [delta.finish_reason for delta in broken] == ["error"]
+    assert broken[0].error == "ValueError: no such piece"
+    assert other[-1].finish_reason == "length"
+    wait_until_idle(engine)
 
 
 def test_merged_deltas_lose_nothing() -> None:
