@@ -406,6 +406,24 @@ def test_several_processes_share_the_requests(bench: Any, server: Server, load: 
     assert len({str(prompt) for prompt in shared}) == 9
 
 
+def test_shares_keep_their_times() -> None:
+    from pymllm_core.bench.crowd import Share
+
+    asks = tuple(Ask("/", {"prompt": [number]}) for number in range(11))
+    whole = Share("url", None, 1.0, {}, asks, after=tuple(0.5 * number for number in range(11)))
+    shares = whole.split(3)
+    assert [len(share.asks) for share in shares] == [4, 4, 3]
+    sent = [
+        (ask.body["prompt"][0], after)
+        for share in shares
+        for ask, after in zip(share.asks, share.after, strict=True)
+    ]
+    assert sorted(sent) == [(number, 0.5 * number) for number in range(11)]
+    closed = Share("url", None, 1.0, {}, asks, 8).split(3)
+    assert [share.concurrency for share in closed] == [3, 3, 2]
+    assert all(not share.after for share in closed)
+
+
 def test_how_many_processes_a_load_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     from pymllm_core.bench.serve import Load, ServeOptions
 

@@ -69,11 +69,10 @@ class Detokenizer:
             self._window += tokens
             return ""
         if len(tokens) > 1:
-            window = [*self._window, *tokens]
-            text = self._text(window)
+            text = self._text([*self._window, *tokens])
             if not text.endswith("\ufffd"):
                 news = text[self._shown :]
-                self._window, self._prefix = list(tokens), len(tokens)
+                self._window, self._prefix = [tokens[-1]], 1
                 self._shown = len(self._text(self._window))
                 return news
         # What of an undecided end is text, only each token tells.
