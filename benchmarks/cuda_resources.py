@@ -1,6 +1,7 @@
 """Compiles every CUDA source for GPUs that need not be there, and writes down what it takes.
 
     python benchmarks/cuda_resources.py [--capabilities 8.0,8.7,8.9,9.0 | --tiles 8.7:64x128x128-32x64-3 ...]
+                                        [--kernels int8_gemm,decode_attention]
                                         [--rows rows.jsonl] [--write docs/reference/cuda-kernels.md]
 
 Prints a Markdown table of what ptxas says of each kernel: registers a thread, bytes of shared memory a block,
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from pymllm_kernels.cuda import decode_library
 from pymllm_kernels.cutlass.library import recipe
 from pymllm_kernels.cutlass.tiles import Capability, Tile, tile_named, tiles_for
 from pymllm_kernels.cutlass.toolchain import cutlass_version, find_cutlass, find_nvcc
@@ -42,6 +44,12 @@ _PROPERTIES = re.compile(
     re.DOTALL,
 )
 
+# kWarps, kColumns, kSpare: the parameters of decode_attention.cu's kernel
+_DECODE = re.compile(
+    r"entry function '\w*decode_kernelILi(\d+)ELi(\d+)ELb([01])E.*?(?=Compiling|\Z)", re.DOTALL
+)
+_HEADS = {("1", "1"): "1-7", ("1", "0"): "8", ("2", "0"): "9-16"}
+
 
 def resources(tile: Tile, capability: Capability) -> dict[str, Any]:
     """One row: what a tile takes on a device. Compiles it where the cache lacks it."""
@@ -49,16 +57,38 @@ def resources(tile: Tile, capability: Capability) -> dict[str, Any]:
     log = (library.parent / "compiler.log").read_text()
     # A tile is one kernel; CUTLASS's helpers beside it, where there are any, are far smaller.
     found = max(_PROPERTIES.finditer(log), key=lambda match: int(match["registers"]), default=None)
-    if found is None:
-        raise SystemExit(f"ptxas says nothing of registers in {library.parent / 'compiler.log'}:\n{log}")
     shared = ctypes.CDLL(str(library)).pymllm_int8_gemm_shared_memory
     shared.restype = ctypes.c_size_t
+    return row_of(library, "int8_gemm", tile.name, capability, found, int(shared()))
+
+
+def decode_resources(dim: int, capability: Capability) -> list[dict[str, Any]]:
+    """One row for each instance of the decode attention for heads of this size."""
+    library = build_library(decode_library.recipe(dim, torch.bfloat16, capability))
+    log = (library.parent / "compiler.log").read_text()
+    rows = []
+    for match in sorted(_DECODE.finditer(log), key=lambda match: (int(match[1]), match[2], -int(match[3]))):
+        warps, heads = int(match[1]), _HEADS[match[2], match[3]]
+        shared = ctypes.CDLL(str(library)).pymllm_decode_attention_shared_memory(warps)
+        tile = f"{dim}, {warps} warps, group {heads}"
+        found = _PROPERTIES.search(match[0])
+        rows.append(row_of(library, "decode_attention", tile, capability, found, shared))
+    if not rows:
+        raise SystemExit(f"ptxas names no kernel in {library.parent / 'compiler.log'}:\n{log}")
+    return rows
+
+
+def row_of(
+    library: Path, kernel: str, tile: str, capability: Capability, found: re.Match[str] | None, shared: int
+) -> dict[str, Any]:
+    if found is None:
+        raise SystemExit(f"ptxas says nothing of registers in {library.parent / 'compiler.log'}")
     return {
         "capability": f"{capability[0]}.{capability[1]}",
-        "kernel": "int8_gemm",
-        "tile": tile.name,
+        "kernel": kernel,
+        "tile": tile,
         "registers": int(found["registers"]),
-        "shared": int(shared()),
+        "shared": shared,
         "shared_limit": SHARED_LIMIT[capability],
         "spill_stores": int(found["stores"]),
         "spill_loads": int(found["loads"]),
@@ -89,7 +119,8 @@ HEAD = """# Resources of the CUDA kernels
 Made by `python benchmarks/cuda_resources.py --write docs/reference/cuda-kernels.md`: what ptxas says of each CUDA
 source, compiled with every tile of its device's table and results in bfloat16. Nothing is run. Registers and
 spilled bytes are of a thread, shared memory in bytes of a block, which may have 166912 at 8.0 and 8.7, 101376 at
-8.6 and 8.9, and 232448 at 9.0. Triton's kernels have [a table of their own](gpu-kernels.md).
+8.6 and 8.9, and 232448 at 9.0; where the decode attention's splits are a cluster, a block has up to 125 kB more than
+listed. Triton's kernels have [a table of their own](gpu-kernels.md).
 
 | capability | kernel | tile | registers | shared | spilled | library KiB |
 |---|---|---|---|---|---|---|
@@ -105,17 +136,27 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--capabilities", default="8.0,8.7,8.9,9.0")
     source.add_argument("--tiles", nargs="+", metavar="X.Y:NAME", help="single tiles, each with its device")
+    parser.add_argument("--kernels", default="int8_gemm,decode_attention")
     parser.add_argument("--rows", type=Path, help="JSONL to write")
     parser.add_argument("--write", type=Path, help="Markdown to write")
     arguments = parser.parse_args()
+    kernels = arguments.kernels.split(",")
+    wanted: list[Capability] = []
     if arguments.tiles:
         named = [(text.partition(":")[2], capability_of(text)) for text in arguments.tiles]
         pairs = [(tile_named(name, capability), capability) for name, capability in named]
     else:
-        wanted = map(capability_of, arguments.capabilities.split(","))
+        wanted = [capability_of(text) for text in arguments.capabilities.split(",")]
         pairs = [(tile, capability) for capability in wanted for tile, _ in tiles_for(capability)]
+    if "int8_gemm" not in kernels:
+        pairs = []
+    heads = [(dim, capability) for capability in wanted for dim in decode_library.DIMS]
+    if "decode_attention" not in kernels:
+        heads = []
     build_all([recipe(tile, torch.bfloat16, capability) for tile, capability in pairs])
+    build_all([decode_library.recipe(dim, torch.bfloat16, capability) for dim, capability in heads])
     rows = [resources(tile, capability) for tile, capability in pairs]
+    rows += [row for dim, capability in heads for row in decode_resources(dim, capability)]
     text = HEAD + "\n".join(map(line, rows)) + "\n"
     print(text)
     if arguments.write:
@@ -128,8 +169,9 @@ def main() -> None:
             "commit": commit,
             "command": " ".join(sys.argv),
             "nvcc": release[1] if release else "unknown",
-            "cutlass": ".".join(map(str, cutlass_version(find_cutlass()))),
         }
+        if pairs:
+            circumstances["cutlass"] = ".".join(map(str, cutlass_version(find_cutlass())))
         written = [{"_": circumstances}, *rows]
         arguments.rows.write_text("".join(json.dumps(row) + "\n" for row in written))
     if bad := [fault for row in rows for fault in faults(row)]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from pymllm_core.engine.engine import Engine
 from pymllm_core.engine.pieces import Attend, AttentionSeam, Step
 from pymllm_core.request import Request, SamplingParams
 from pymllm_core.testing.checkpoints import write_toy
-from pymllm_core.testing.engines import check_idle, complete, greedy, make_engine, run
-
-VOCAB = 300
+from pymllm_core.testing.engines import check_idle, complete, greedy, make_engine, prompts_of, run
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +51,6 @@ def with_pieces(folder: Path, **settings: Any) -> tuple[Engine, Recompute]:
         for kv in engine.runner.kv:
             kv.k[spare:], kv.v[spare:] = torch.nan, torch.nan
     return engine, counter
-
-
-def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(3, VOCAB) for _ in range(n)] for n in lengths]
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])

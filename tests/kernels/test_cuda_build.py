@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pymllm_kernels.cuda.decode_library import DIMS, toolchain
 from pymllm_kernels.cutlass.tiles import tiles_for
 from pymllm_kernels.cutlass.toolchain import cutlass_toolchain
 from pymllm_kernels.recipe import KernelBuildError
@@ -28,6 +29,14 @@ SMALLEST = ("8.7 64x128x128-32x64-3", "9.0 64x64x256-1x1-pingpong")
 def compiler() -> None:
     try:
         cutlass_toolchain()
+    except KernelBuildError as error:
+        (pytest.fail if ASKED else pytest.skip)(f"`nox -s cuda-build` brings what is missing here: {error}")
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> None:
+    try:
+        toolchain()
     except KernelBuildError as error:
         (pytest.fail if ASKED else pytest.skip)(f"`nox -s cuda-build` brings what is missing here: {error}")
 
@@ -56,6 +65,16 @@ def test_every_tile_compiles(repository: Path, tmp_path: Path, capability: str) 
     rows = compiled(repository, tmp_path, "--capabilities", capability)
     tiles = tiles_for((int(capability[0]), int(capability[2])))
     assert [row["tile"] for row in rows] == [tile.name for tile, _ in tiles]
+
+
+@pytest.mark.usefixtures("nvcc")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_decode_attention_compiles(repository: Path, tmp_path: Path, capability: str) -> None:
+    rows = compiled(repository, tmp_path, "--kernels", "decode_attention", "--capabilities", capability)
+    assert {str(row["tile"]).split(",")[0] for row in rows} == set(map(str, DIMS))
+    written = (repository / "docs" / "reference" / "cuda-kernels.md").read_text()
+    for row in rows:
+        assert f"| {capability} | `decode_attention` | {row['tile']} |" in written
 
 
 def test_written_table_is_of_these_tiles(repository: Path) -> None:

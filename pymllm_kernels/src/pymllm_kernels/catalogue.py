@@ -11,6 +11,7 @@ import torch
 from pymllm_core.device import cpu_flags
 from pymllm_kernels.bundle import bundle_folders, prebuilt_library
 from pymllm_kernels.cpu_library import REQUIRED_CPU_FLAGS, cpu_recipe
+from pymllm_kernels.cuda.decode_library import recipes as decode_recipes
 from pymllm_kernels.cutlass.library import recipes as cutlass_recipes
 from pymllm_kernels.cutlass.tiles import Capability
 from pymllm_kernels.jit import cache_entry, is_intact
@@ -47,7 +48,9 @@ def all_recipes(capabilities: Iterable[Capability], dtypes: Iterable[str], *, cp
     """
     kinds = [getattr(torch, name) for name in dtypes]
     own = [cpu_recipe()] if cpu and cpu_flags() >= REQUIRED_CPU_FLAGS else []
-    return own + [recipe for capability in capabilities for recipe in cutlass_recipes(capability, kinds)]
+    for capability in capabilities:
+        own += [*cutlass_recipes(capability, kinds), *decode_recipes(capability, kinds)]
+    return own
 
 
 def state_of(recipe: Recipe) -> State:

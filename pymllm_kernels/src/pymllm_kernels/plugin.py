@@ -1,4 +1,4 @@
-"""Registers the CPU kernels, and those of Triton and CUTLASS for NVIDIA GPUs."""
+"""Registers the CPU kernels, and those of Triton, CUDA and CUTLASS for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -195,6 +195,26 @@ def pymllm_attention_backends() -> list[AttentionBackendSpec]:
                 },
             ),
             priority=50,
+        ),
+        AttentionBackendSpec(
+            name="cuda",
+            implementation="pymllm_kernels.cuda.decode_attention:CudaAttention",
+            needs=Needs(
+                devices=("cuda",),
+                capability_min=(8, 0),
+                capability_max=(9, 0),
+                dtypes=("bfloat16", "float16"),
+                # For prompts.
+                modules={"triton": "triton"},
+                shape={
+                    "head_dim": ShapeRule(one_of=(64, 128)),
+                    "group": ShapeRule(maximum=16),
+                    "page_size": ShapeRule(one_of=tuple(1 << i for i in range(13))),
+                    "same_kv_dtype": ShapeRule(one_of=(1,)),
+                },
+                check="pymllm_kernels.cuda.decode_library:why_not",
+            ),
+            priority=150,
         ),
         AttentionBackendSpec(
             name="triton",

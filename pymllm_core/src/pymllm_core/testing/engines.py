@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,6 +39,12 @@ def make_engine(folder: Path, *plugins: str, overlap: bool = False, **settings: 
     fields: dict[str, Any] = {"device": "cpu", "dtype": "float32", **settings}
     assembly = assemble(Settings.of(str(folder), **fields), registry_of(*(plugins or (TOY,))))
     return build_engine(assembly, overlap=overlap)
+
+
+def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Prompts of these lengths: random tokens of the toy model, none of its tokenizer's special ones."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 300) for _ in range(n)] for n in lengths]
 
 
 def greedy(max_tokens: int | None = None, **fields: Any) -> SamplingParams:

@@ -48,7 +48,7 @@ def find_nvcc() -> Path:
         if path.is_file():
             return path
     raise KernelBuildError(
-        "no CUDA compiler found to build the CUTLASS kernels; looked for "
+        "no CUDA compiler found to build the kernels; looked for "
         + ", ".join(map(str, tried))
         + "; install the CUDA toolkit, or pip install nvidia-cuda-nvcc nvidia-cuda-cccl, or name nvcc in "
         "CUDACXX. For a device without a compiler, build a bundle elsewhere: pymllm kernels build --help"

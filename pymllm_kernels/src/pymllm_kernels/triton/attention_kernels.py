@@ -44,6 +44,15 @@ def merge_splits(
         tl.store(out + head * DIM + d, y.to(out.dtype.element_ty))
 
 
+@triton.jit
+def softmax_step(top, total, scores):
+    """Add scores [rows, keys] to the running softmax: its new state, their weights, what earlier sums shrink by."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    p = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    return new_top, total * shrink + tl.sum(p, axis=1), p, shrink
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
     q,
@@ -104,12 +113,8 @@ def decode_kernel(
         k = tl.load(k_cache + at, mask=valid[:, None], other=0.0).to(query.dtype)
         v = tl.load(v_cache + at, mask=valid[:, None], other=0.0).to(query.dtype)
         scores = tl.where(valid[None, :], tl.dot(query, tl.trans(k)) * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, axis=1)
+        top, total, p, shrink = softmax_step(top, total, scores)
         acc = tl.dot(p.to(query.dtype), v, acc * shrink[:, None])
-        top = new_top
     if active == 1:
         # Padding of a graph may have no tokens at all: zeros.
         y = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -129,55 +134,6 @@ def decode_kernel(
             tl.store(counters + place, 0)
             to = out + sequence.to(tl.int64) * q_stride + kv_head * GROUP * DIM
             merge_splits(partial, stats, to, first, active, DIM, GROUP, SPLITS)
-
-
-@triton.jit
-def attend_blocks(
-    acc,
-    top,
-    total,
-    query,
-    k_cache,
-    v_cache,
-    table,
-    cache_stride,
-    kv_head,
-    scale,
-    positions,
-    begin,
-    end,
-    kv_len,
-    DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Attend to the keys from begin to end; MASKED where some of them come after a query or the end."""
-    d = tl.arange(0, DIM)
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        position = start + tl.arange(0, BLOCK_N)
-        valid = position < kv_len
-        slot = slots_of(table, position, valid, PAGE)
-        at = slot[:, None] * cache_stride + kv_head * DIM + d[None, :]
-        if MASKED:
-            k = tl.load(k_cache + at, mask=valid[:, None], other=0.0).to(query.dtype)
-        else:
-            k = tl.load(k_cache + at).to(query.dtype)
-        scores = tl.dot(query, tl.trans(k)) * scale
-        if MASKED:
-            scores = tl.where(position[None, :] <= positions[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, axis=1)
-        if MASKED:
-            v = tl.load(v_cache + at, mask=valid[:, None], other=0.0).to(query.dtype)
-        else:
-            v = tl.load(v_cache + at).to(query.dtype)
-        acc = tl.dot(p.to(query.dtype), v, acc * shrink[:, None])
-        top = new_top
-    return acc, top, total
 
 
 @triton.jit(do_not_specialize=["first_sequence", "table_stride"])
@@ -218,52 +174,25 @@ def prefill_kernel(
     query = tl.load(q + at, mask=(m < q_len)[:, None], other=0.0)
     before = kv_len - q_len
     positions = before + m
-    # Keys up to the block's first query are seen by all of its queries.
+    # Keys up to the block's first query are seen by all of its queries: they need no masks, the others do.
     whole = (before + block * BLOCK_M + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(before + (block + 1) * BLOCK_M, kv_len)
     acc = tl.zeros((BLOCK_M, DIM), dtype=tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    acc, top, total = attend_blocks(
-        acc,
-        top,
-        total,
-        query,
-        k_cache,
-        v_cache,
-        table,
-        cache_stride,
-        kv_head,
-        scale,
-        positions,
-        0,
-        whole,
-        kv_len,
-        DIM,
-        PAGE,
-        BLOCK_N,
-        False,
-        STAGES,
-    )
-    acc, top, total = attend_blocks(
-        acc,
-        top,
-        total,
-        query,
-        k_cache,
-        v_cache,
-        table,
-        cache_stride,
-        kv_head,
-        scale,
-        positions,
-        whole,
-        end,
-        kv_len,
-        DIM,
-        PAGE,
-        BLOCK_N,
-        True,
-        STAGES,
-    )
+    for masked in tl.static_range(2):
+        begin, stop = whole if masked else 0, end if masked else whole
+        for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
+            position = start + tl.arange(0, BLOCK_N)
+            valid = position < kv_len
+            slot = slots_of(table, position, valid, PAGE)
+            cached = slot[:, None] * cache_stride + kv_head * DIM + d[None, :]
+            mask, other = valid[:, None] if masked else None, 0.0 if masked else None
+            k = tl.load(k_cache + cached, mask=mask, other=other).to(query.dtype)
+            scores = tl.dot(query, tl.trans(k)) * scale
+            if masked:
+                scores = tl.where(position[None, :] <= positions[:, None], scores, float("-inf"))
+            top, total, p, shrink = softmax_step(top, total, scores)
+            v = tl.load(v_cache + cached, mask=mask, other=other).to(query.dtype)
+            acc = tl.dot(p.to(query.dtype), v, acc * shrink[:, None])
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=(m < q_len)[:, None])

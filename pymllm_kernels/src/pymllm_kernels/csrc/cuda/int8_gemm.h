@@ -1,4 +1,4 @@
-// What the int8 products share: the arguments of one call, the element types and the error codes.
+// What the int8 products share: the arguments of one call, element types, error codes, dequantisation and launch.
 //
 // D[M, N] = (A[M, K] · B[N, K]^T - zero_point[m] · b_sum[n]) · a_scale[m] · b_scale[n] + bias[n] + residual[m, n]
 //
@@ -14,7 +14,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cutlass/array.h"
+#include "cutlass/cuda_host_adapter.hpp"
 #include "cutlass/cutlass.h"
+#include "cutlass/numeric_conversion.h"
 #include "cutlass/numeric_types.h"
 
 // All else is hidden: the libraries of several tiles are loaded side by side.
@@ -67,4 +70,75 @@ __device__ __forceinline__ float dequantize(
                          : __int2float_rn(product);
   float scaled = __fmul_rn(__fmul_rn(wide, a_scale), b_scale);
   return __fadd_rn(__fadd_rn(scaled, bias), residual);
+}
+
+// What a launch has beyond the scales.
+struct Terms {
+  bool corrected = false;  // zero points
+  bool added = false;      // a residual
+};
+
+// Elements of D, rounded.
+template <int Size>
+CUTLASS_DEVICE cutlass::Array<OutElement, Size> dequantize(
+    Terms const& terms, cutlass::Array<std::int32_t, Size> const& product,
+    cutlass::Array<float, Size> const& a_scale, cutlass::Array<std::int32_t, Size> const& zero_point,
+    cutlass::Array<float, Size> const& b_scale, cutlass::Array<std::int32_t, Size> const& b_sum,
+    cutlass::Array<float, Size> const& bias, cutlass::Array<OutElement, Size> const& residual) {
+  cutlass::Array<float, Size> wide;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < Size; ++i) {
+    // Without a residual its registers hold nothing that may be read.
+    float const add = terms.added ? static_cast<float>(residual[i]) : 0.0f;
+    wide[i] = dequantize(product[i], zero_point[i], b_sum[i], a_scale[i], b_scale[i], bias[i], add, terms.corrected);
+  }
+  return cutlass::NumericArrayConverter<OutElement, float, Size>{}(wide);
+}
+
+// A visitor of the epilogue whose arguments reach the device as they are, and which needs no memory of its own.
+template <class Base, class Plain>
+struct PlainVisitor : Base {
+  using Arguments = Plain;
+  using Params = Plain;
+  struct SharedStorage {};
+
+  template <class ProblemShape>
+  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
+    return args;
+  }
+  template <class ProblemShape>
+  static bool can_implement(ProblemShape const&, Arguments const&) {
+    return true;
+  }
+  template <class ProblemShape>
+  static std::size_t get_workspace_size(ProblemShape const&, Arguments const&) {
+    return 0;
+  }
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(
+      ProblemShape const&, Arguments const&, void*, cudaStream_t, cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_HOST_DEVICE PlainVisitor() {}
+  CUTLASS_HOST_DEVICE PlainVisitor(Params const& params, SharedStorage const&) : params(params) {}
+
+  Params params;
+};
+
+inline int error_of(cutlass::Status status) {
+  if (status == cutlass::Status::kSuccess) return kOk;
+  cudaError_t const error = cudaGetLastError();
+  return error == cudaSuccess ? kInternal : kCuda + static_cast<int>(error);
+}
+
+// Launch one product on `stream`. Returns an Int8GemmError.
+template <class Gemm>
+int launch(
+    typename Gemm::Arguments const& args, void* workspace, std::size_t workspace_size, cudaStream_t stream) {
+  if (Gemm::can_implement(args) != cutlass::Status::kSuccess) return kShape;
+  if (workspace_size < Gemm::get_workspace_size(args)) return kWorkspace;
+  Gemm gemm;
+  cutlass::Status const status = gemm.initialize(args, workspace, stream);
+  return error_of(status == cutlass::Status::kSuccess ? gemm.run(stream) : status);
 }

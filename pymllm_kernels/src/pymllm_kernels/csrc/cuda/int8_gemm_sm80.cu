@@ -48,49 +48,17 @@ struct Residual : visitor::VisitorAuxLoad<ThreadMap, OutElement, Stride<std::int
 };
 
 // `dequantize` over the fragments of its children.
-struct Dequantize : visitor::VisitorImpl2x<> {
-  struct Arguments {
-    bool corrected = false;
-    bool added = false;
-  };
-  using Params = Arguments;
-  struct SharedStorage {};
-
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
-    return args;
-  }
-  template <class ProblemShape>
-  static std::size_t get_workspace_size(ProblemShape const&, Arguments const&) {
-    return 0;
-  }
-
-  CUTLASS_HOST_DEVICE Dequantize() {}
-  CUTLASS_HOST_DEVICE Dequantize(Params const& params, SharedStorage const&) : params(params) {}
-
-  Params params;
+struct Dequantize : PlainVisitor<visitor::VisitorImpl2x<>, Terms> {
+  using PlainVisitor::PlainVisitor;
 
   struct Callbacks : visitor::EmptyCallbacks {
     CUTLASS_DEVICE explicit Callbacks(Params const& params) : params(params) {}
 
     Params params;
 
-    template <int Size>
-    CUTLASS_DEVICE cutlass::Array<OutElement, Size> visit(
-        int, int, int, int, cutlass::Array<std::int32_t, Size> const&,
-        cutlass::Array<std::int32_t, Size> const& product, cutlass::Array<float, Size> const& a_scale,
-        cutlass::Array<std::int32_t, Size> const& zero_point, cutlass::Array<float, Size> const& b_scale,
-        cutlass::Array<std::int32_t, Size> const& b_sum, cutlass::Array<float, Size> const& bias,
-        cutlass::Array<OutElement, Size> const& residual) {
-      cutlass::Array<float, Size> wide;
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < Size; ++i) {
-        // Without a residual its registers hold nothing that may be read.
-        float const add = params.added ? static_cast<float>(residual[i]) : 0.0f;
-        wide[i] = dequantize(
-            product[i], zero_point[i], b_sum[i], a_scale[i], b_scale[i], bias[i], add, params.corrected);
-      }
-      return cutlass::NumericArrayConverter<OutElement, float, Size>{}(wide);
+    template <class Accumulator, class... Inputs>
+    CUTLASS_DEVICE auto visit(int, int, int, int, Accumulator const&, Inputs const&... inputs) {
+      return dequantize(params, inputs...);
     }
   };
 
@@ -118,12 +86,6 @@ using Kernel = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
     InstructionShape, Epilogue, cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>, PYMLLM_STAGES,
     cutlass::arch::OpMultiplyAddSaturate, 1>::GemmKernel;
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
-
-int status_of(cutlass::Status status) {
-  if (status == cutlass::Status::kSuccess) return kOk;
-  cudaError_t const error = cudaGetLastError();
-  return error == cudaSuccess ? kInternal : kCuda + static_cast<int>(error);
-}
 
 typename Gemm::Arguments translate(Int8GemmArguments const& in) {
   int const m = static_cast<int>(in.m), n = static_cast<int>(in.n), k = static_cast<int>(in.k);
@@ -158,12 +120,5 @@ PYMLLM_EXPORT std::size_t pymllm_int8_gemm_workspace_size(Int8GemmArguments cons
 // Launch one product on `stream`. Returns an Int8GemmError.
 PYMLLM_EXPORT int pymllm_int8_gemm(
     Int8GemmArguments const* in, void* workspace, std::size_t workspace_size, cudaStream_t stream) {
-  typename Gemm::Arguments const args = translate(*in);
-  if (Gemm::can_implement(args) != cutlass::Status::kSuccess) return kShape;
-  if (workspace_size < Gemm::get_workspace_size(args)) return kWorkspace;
-  Gemm gemm;
-  if (auto const status = gemm.initialize(args, workspace, stream); status != cutlass::Status::kSuccess) {
-    return status_of(status);
-  }
-  return status_of(gemm.run(stream));
+  return launch<Gemm>(translate(*in), workspace, workspace_size, stream);
 }

@@ -32,94 +32,30 @@ using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
 constexpr int kInAlignment = 16;
 constexpr int kOutAlignment = 16 / sizeof(OutElement);
 
-// The residual, fetched only where there is one.
-struct Residual : fusion::Sm90SrcFetch<OutElement> {
-  using Base = fusion::Sm90SrcFetch<OutElement>;
-  struct Arguments {
-    bool present = false;
-  };
-  using Params = Arguments;
-  struct SharedStorage {};
-
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
-    return args;
-  }
-  template <class ProblemShape>
-  static bool can_implement(ProblemShape const&, Arguments const&) {
-    return true;
-  }
-  template <class ProblemShape>
-  static std::size_t get_workspace_size(ProblemShape const&, Arguments const&) {
-    return 0;
-  }
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(
-      ProblemShape const&, Arguments const&, void*, cudaStream_t, cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-
-  CUTLASS_HOST_DEVICE Residual() {}
-  CUTLASS_HOST_DEVICE Residual(Params const& params, SharedStorage const&) : present(params.present) {}
-
+struct Present {
   bool present = false;
+};
 
-  CUTLASS_DEVICE bool is_producer_load_needed() const { return present; }
-  CUTLASS_DEVICE bool is_C_load_needed() const { return present; }
+// The residual, fetched only where there is one.
+struct Residual : PlainVisitor<fusion::Sm90SrcFetch<OutElement>, Present> {
+  using PlainVisitor::PlainVisitor;
+
+  CUTLASS_DEVICE bool is_producer_load_needed() const { return params.present; }
+  CUTLASS_DEVICE bool is_C_load_needed() const { return params.present; }
 };
 
 // The root of the epilogue's tree: `dequantize` over the fragments of its children.
-struct Dequantize : fusion::Sm90VisitorImpl<> {
-  struct Arguments {
-    bool corrected = false;
-    bool added = false;
-  };
-  using Params = Arguments;
-  struct SharedStorage {};
-
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
-    return args;
-  }
-  template <class ProblemShape>
-  static bool can_implement(ProblemShape const&, Arguments const&) {
-    return true;
-  }
-  template <class ProblemShape>
-  static std::size_t get_workspace_size(ProblemShape const&, Arguments const&) {
-    return 0;
-  }
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(
-      ProblemShape const&, Arguments const&, void*, cudaStream_t, cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-
-  CUTLASS_HOST_DEVICE Dequantize() {}
-  CUTLASS_HOST_DEVICE Dequantize(Params const& params, SharedStorage const&) : params(params) {}
-
-  Params params;
+struct Dequantize : PlainVisitor<fusion::Sm90VisitorImpl<>, Terms> {
+  using PlainVisitor::PlainVisitor;
 
   struct ConsumerStoreCallbacks : fusion::EmptyConsumerStoreCallbacks {
     CUTLASS_DEVICE explicit ConsumerStoreCallbacks(Params const& params) : params(params) {}
 
     Params const& params;
 
-    template <int Size>
-    CUTLASS_DEVICE cutlass::Array<OutElement, Size> visit(
-        cutlass::Array<std::int32_t, Size> const&, int, int, int, cutlass::Array<std::int32_t, Size> const& product,
-        cutlass::Array<float, Size> const& a_scale, cutlass::Array<std::int32_t, Size> const& zero_point,
-        cutlass::Array<float, Size> const& b_scale, cutlass::Array<std::int32_t, Size> const& b_sum,
-        cutlass::Array<float, Size> const& bias, cutlass::Array<OutElement, Size> const& residual) {
-      cutlass::Array<float, Size> wide;
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < Size; ++i) {
-        // Without a residual its registers hold nothing that may be read.
-        float const add = params.added ? static_cast<float>(residual[i]) : 0.0f;
-        wide[i] = dequantize(
-            product[i], zero_point[i], b_sum[i], a_scale[i], b_scale[i], bias[i], add, params.corrected);
-      }
-      return cutlass::NumericArrayConverter<OutElement, float, Size>{}(wide);
+    template <class Accumulator, class... Inputs>
+    CUTLASS_DEVICE auto visit(Accumulator const&, int, int, int, Inputs const&... inputs) {
+      return dequantize(params, inputs...);
     }
   };
 
@@ -153,12 +89,6 @@ using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder
 using Kernel = cutlass::gemm::kernel::GemmUniversal<
     Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
-
-int status_of(cutlass::Status status) {
-  if (status == cutlass::Status::kSuccess) return kOk;
-  cudaError_t const error = cudaGetLastError();
-  return error == cudaSuccess ? kInternal : kCuda + static_cast<int>(error);
-}
 
 typename Gemm::Arguments translate(Int8GemmArguments const& in) {
   int const m = static_cast<int>(in.m), n = static_cast<int>(in.n), k = static_cast<int>(in.k);
@@ -208,12 +138,5 @@ PYMLLM_EXPORT std::size_t pymllm_int8_gemm_workspace_size(Int8GemmArguments cons
 // Launch one product on `stream`. Returns an Int8GemmError.
 PYMLLM_EXPORT int pymllm_int8_gemm(
     Int8GemmArguments const* in, void* workspace, std::size_t workspace_size, cudaStream_t stream) {
-  typename Gemm::Arguments const args = translate(*in);
-  if (Gemm::can_implement(args) != cutlass::Status::kSuccess) return kShape;
-  if (workspace_size < Gemm::get_workspace_size(args)) return kWorkspace;
-  Gemm gemm;
-  if (auto const status = gemm.initialize(args, workspace, stream); status != cutlass::Status::kSuccess) {
-    return status_of(status);
-  }
-  return status_of(gemm.run(stream));
+  return launch<Gemm>(translate(*in), workspace, workspace_size, stream);
 }
