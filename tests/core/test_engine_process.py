@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pymllm_core.config import Settings
-from pymllm_core.engine import async_engine, process
+from pymllm_core.engine import async_engine, process, process_main
 from pymllm_core.engine.async_engine import AsyncEngine, has_own_process
 from pymllm_core.engine.loop import Load
 from pymllm_core.engine.status import Cancelled
@@ -264,6 +264,6 @@ def test_deltas_survive_the_pipe() -> None:
         Delta("a", "x", (), Usage(3, 1), "stop", "end", None, None, Timings(0.1, 0.2, 0.3)),
         Delta("a", "x", (), Usage(3, 1), "error", error="no"),
     ):
-        packed = process._packed(delta)
-        assert process._unpacked(packed) == delta
-        assert type(process._unpacked(packed)) is Delta
+        packed = process_main.packed(delta)
+        assert process_main.unpacked(packed) == delta
+        assert type(process_main.unpacked(packed)) is Delta
