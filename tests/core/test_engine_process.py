@@ -155,7 +155,8 @@ def test_errors_of_loading_keep_type_and_message(start: Any, tmp_path: Path) -> 
     assert "in load_and_fail" in str(plain.__cause__)
 
     unknown = error_of("unknown", load_and_fail)
-    assert (type(unknown), str(unknown)) == (EngineError, "Unknown: no luck")
+    assert (type(unknown), str(unknown)) == (RuntimeError, "Unknown: no luck")
+    assert "in load_and_fail" in str(unknown.__cause__)
 
 
 def test_a_broken_tokenizer_is_told_as_it_is(start: Any, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from pymllm_core.config import Settings
 from pymllm_core.engine.loop import Listener, Load
 from pymllm_core.engine.process_main import STOP_S, main, unpacked
 from pymllm_core.engine.status import Cancelled, EngineStats, Progress
-from pymllm_core.errors import EngineError, PymllmError
+from pymllm_core.errors import EngineError
 from pymllm_core.output import Delta
 from pymllm_core.request import Request
 
@@ -245,7 +245,7 @@ class RemoteTraceback(Exception):
         return f"in the engine's process:\n{self.text}"
 
 
-def _rebuilt(error: BaseException | None, text: str) -> BaseException | None:
-    if error is not None and not isinstance(error, PymllmError):
-        error.__cause__ = RemoteTraceback(text)
+def _rebuilt(error: BaseException | None, where: str | None) -> BaseException | None:
+    if error is not None and where is not None:
+        error.__cause__ = RemoteTraceback(where)
     return error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymllm_core.engine.loop import EngineLoop
 from pymllm_core.engine.status import EngineStats, Progress
-from pymllm_core.errors import EngineError
+from pymllm_core.errors import PymllmError
 from pymllm_core.output import Delta, Usage
 
 if TYPE_CHECKING:
@@ -55,12 +55,14 @@ class _Teller:
         self.send("flushed", done)
 
     def ended(self, error: BaseException | None) -> None:
-        text = "" if error is None else "".join(traceback.format_exception(error))
+        # Our own errors explain themselves.
+        ours = error is None or isinstance(error, PymllmError)
+        where = None if ours else "".join(traceback.format_exception(error))
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # a class that only this process knows, or whose arguments are not its fields
-            error = EngineError(f"{type(error).__name__}: {error}")
-        self.send("ended", error, text)
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        self.send("ended", error, where)
 
 
 def packed(delta: Delta) -> Delta | tuple[Any, ...]:
