@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pymllm_core.config import Settings
+from pymllm_core.engine import build, status
 from pymllm_core.engine.async_engine import AsyncEngine
 from pymllm_core.engine.detokenizer import Detokenizer
 from pymllm_core.engine.engine import Engine
+from pymllm_core.engine.status import Progress, StageTimes
 from pymllm_core.engine.stream import Stream
 from pymllm_core.errors import EngineError, QueueFullError, RequestError
 from pymllm_core.output import Completion, Delta, TokenLogprob, Usage
 from pymllm_core.request import Request, SamplingParams
 from pymllm_core.testing.accidents import BURNS, load_toy
 from pymllm_core.testing.checkpoints import write_toy
-from pymllm_core.testing.engines import complete, greedy, make_engine
+from pymllm_core.testing.engines import TOY, complete, greedy, make_engine, registry_of
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +300,54 @@ def test_merged_deltas_lose_nothing() -> None:
     merged = Delta.merge(parts)
     assert merged == Delta("a", "xyz", (1, 2, 3), Usage(4, 3), "stop", 7, tuple(entries))
     assert Delta.merge(parts[:1]) is parts[0]
+
+
+def test_the_start_is_timed_by_stages(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line at the end says where the seconds went."""
+    monkeypatch.setattr("pymllm_core.plugins.registry", lambda: registry_of(TOY))
+    original = build.load_weights
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(build, "load_weights", slow)
+    engine = AsyncEngine(Settings.of(str(toy), device="cpu", dtype="float32"), began=time.monotonic() - 100)
+    with caplog.at_level("INFO"):
+        engine.start()
+        asyncio.run(engine.wait_ready())
+    engine.stop()
+    (line,) = [record.getMessage() for record in caplog.records if "ready in" in record.getMessage()]
+    found = re.fullmatch(r"ready in (\S+) s: starting (\S+), .*loading weights (\S+)(, .*)?", line)
+    assert found is not None, line
+    total, starting, weights = (float(number) for number in found.groups()[:3])
+    assert 100 <= starting < 101
+    assert 0.3 <= weights < 2
+    assert starting + weights <= total + 0.1
+    parts = [float(part.rpartition(" ")[2]) for part in line.partition(": ")[2].split(", ")]
+    # Each is rounded to a tenth, and what takes less than half of that is left out.
+    assert sum(parts) == pytest.approx(total, abs=0.05 * len(parts) + 0.2)
+
+
+def test_stages_that_come_again_go_on_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.0, 15.0, 16.5])
+    monkeypatch.setattr(status, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    times = StageTimes(began=9.0)  # the clock is asked at a change of the stage alone
+    for stage in ("a", "a", "b", "a"):
+        times(Progress(stage))
+    assert times.finish() == "7.5 s: starting 1.0, a 3.5, b 3.0"
+
+
+def test_a_process_knows_when_it_began() -> None:
+    code = (
+        "import time; time.sleep(0.5)\n"
+        "from pymllm_core.engine.status import process_began\n"
+        "print(time.monotonic() - process_began())"
+    )
+    before = time.monotonic()
+    age = float(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    )
+    assert 0.4 < age < time.monotonic() - before + 0.1

@@ -17,7 +17,7 @@ from pymllm_core.config import Settings
 from pymllm_core.device import cuda_is_likely
 from pymllm_core.engine.loop import EngineHost, EngineLoop, Listener, Load, load_engine
 from pymllm_core.engine.process import EngineProcess
-from pymllm_core.engine.status import Cancelled, EngineStats, Progress
+from pymllm_core.engine.status import Cancelled, EngineStats, Progress, StageTimes
 from pymllm_core.engine.stream import Stream
 from pymllm_core.errors import EngineError, QueueFullError, RequestError
 from pymllm_core.output import Delta, Usage
@@ -45,9 +45,12 @@ def has_own_process(settings: Settings) -> bool:
 
 
 class AsyncEngine:
-    """Runs an `Engine` elsewhere, on a thread or in a process. Public methods may be called from any thread."""
+    """Runs an `Engine` elsewhere, on a thread or in a process. Public methods may be called from any thread.
 
-    def __init__(self, settings: Settings, load: Load = load_engine) -> None:
+    load: makes the engine. began: since when the start is timed (`time.monotonic`), None: since now.
+    """
+
+    def __init__(self, settings: Settings, load: Load = load_engine, *, began: float | None = None) -> None:
         # Both have the same commands, and both tell this object what comes of them (`loop.Listener`).
         host: Callable[[Settings, Listener, Load], EngineHost]
         host = EngineProcess if has_own_process(settings) else EngineLoop
@@ -56,6 +59,7 @@ class AsyncEngine:
         self._streams: dict[str, Stream] = {}
         self._flushes: deque[Future[bool]] = deque()
         self._loaded = threading.Event()
+        self._times = StageTimes(began)
         self._plan: Plan | None = None
         self._processor: Processor | None = None
         self._stats = EngineStats()
@@ -160,12 +164,14 @@ class AsyncEngine:
 
     def loading(self, progress: Progress) -> None:
         self.progress = progress
+        self._times(progress)
 
     def planned(self, plan: Plan) -> None:
         self._plan = plan
 
     def ready(self, processor: Processor) -> None:
         self._processor = processor
+        logger.info("ready in %s", self._times.finish())
         self.state = "ready"
         self._loaded.set()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,8 +172,16 @@ def build_engine(
         torch.cuda.set_device(device)
     if overlap is None:
         overlap = device.type == "cuda"
-    progress(Progress("reading the tokenizer"))
-    processor = load_processor(plan)
+    # Beside the weights, which come from the disk or are made on the device.
+    executor = ThreadPoolExecutor(1, thread_name_prefix="pymllm-tokenizer")
+    reading = executor.submit(load_processor, plan)
+    executor.shutdown(wait=False)
+
+    def watched(now: Progress) -> None:
+        if reading.done():
+            reading.result()  # a tokenizer that cannot be read ends the loading at once
+        progress(now)
+
     checkpoint = None if server.load_format == "dummy" else Checkpoint(plan.model_path)
     with torch.inference_mode():
         load_weights(
@@ -180,11 +189,13 @@ def build_engine(
             checkpoint,
             device,
             seed=server.random_seed,
-            progress=progress,
+            progress=watched,
             cancel=cancel or threading.Event(),
         )
         if checkpoint is not None:
             checkpoint.close()
+        progress(Progress("reading the tokenizer"))
+        processor = reading.result()
         progress(Progress("preparing the engine"))
         dtype, page_size = assembly.builder.dtype, plan.memory.page_size
         attention = plan.attention.spec.load()(

@@ -137,6 +137,8 @@ class DecodeGraphs:
                     self._draw_replays[candidates, size], _ = self._capture(draw_step)
             # Only now: what samples from the logits must not have its intermediate results in their memory.
             self._logits[size] = borrow(logits) if logits.is_cuda else logits
+        if self.ids.is_cuda:
+            torch.cuda.empty_cache()  # what the runs before the captures took
         progress(len(self.sizes), len(self.sizes))
 
     def run(self, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> tuple[Tensor, Tensor]:
@@ -271,9 +273,12 @@ class _CudaCapture:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             step()
+            # Not `torch.cuda.graph`, which waits for the device and empties the allocator's cache before each.
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool)
+            try:
+                result = step()
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            result = step()
         return graph.replay, result

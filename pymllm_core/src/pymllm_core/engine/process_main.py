@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import logging.handlers
 import os
@@ -46,6 +47,9 @@ class _Teller:
         self.send("planned", plan)
 
     def ready(self, processor: Processor) -> None:
+        # What the start has made stays, so that collections of garbage need never look at it.
+        gc.freeze()
+        gc.enable()
         self.send("ready")
 
     def news(self, deltas: list[Delta], stats: EngineStats) -> None:
@@ -96,6 +100,7 @@ def main(connection: Connection) -> None:
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.set_inheritable(connection.fileno(), False)
+    gc.disable()  # until the engine is ready
     settings, load, level = connection.recv()
     teller = _Teller(connection)
     logging.getLogger().setLevel(level)
