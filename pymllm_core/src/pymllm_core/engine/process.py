@@ -82,6 +82,7 @@ class EngineProcess:
             return True
         self._stopping = True
         self._send("stop")
+        self._flush()  # an event loop that waits here will not
         limit = STOP_LOADING_S if self._loading else STOP_S + 1  # for the interpreter
         try:
             self._process.wait(limit)
@@ -126,28 +127,36 @@ class EngineProcess:
     def _read(self) -> None:
         assert self._connection is not None
         assert self._process is not None
-        failure: BaseException | None = None
         try:
-            while True:
-                name, arguments = self._connection.recv()
-                if name == "ended":
-                    failure = _rebuilt(*arguments)
-                    break
-                getattr(self, f"_on_{name}")(*arguments)
-        except (EOFError, OSError):
-            code = self._process.wait()
-            failure = Cancelled("the engine was stopped") if self._stopping else EngineError(_died(code))
+            failure = self._follow(self._connection)
         except Exception as error:  # the tokenizer's, or a message that cannot be read
             failure = error
             self._process.kill()
         with self._sending:
             self._connection.close()  # the end of the file for the child, if it lives
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        code = self._wait(self._process)
+        if isinstance(failure, EOFError):
+            failure = Cancelled("the engine was stopped") if self._stopping else EngineError(_died(code))
         self._listener.ended(failure)
+
+    def _follow(self, connection: Connection) -> BaseException | None:
+        """Tell the listener what comes, until the end; why it ended, EOFError where the child did not say."""
+        while True:
+            try:
+                name, arguments = connection.recv()
+            except (EOFError, OSError):
+                return EOFError()
+            if name == "ended":
+                return _rebuilt(*arguments)
+            getattr(self, f"_on_{name}")(*arguments)
+
+    @staticmethod
+    def _wait(process: subprocess.Popen[bytes]) -> int:
+        try:
+            return process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
 
     def _on_loading(self, progress: Progress) -> None:
         self._listener.loading(progress)
