@@ -135,17 +135,17 @@ class EngineProcess:
         with self._sending:
             self._connection.close()  # the end of the file for the child, if it lives
         code = self._wait(self._process)
-        if isinstance(failure, EOFError):
+        if isinstance(failure, _Gone):
             failure = Cancelled("the engine was stopped") if self._stopping else EngineError(_died(code))
         self._listener.ended(failure)
 
     def _follow(self, connection: Connection) -> BaseException | None:
-        """Tell the listener what comes, until the end; why it ended, EOFError where the child did not say."""
+        """Tell the listener what comes, until the end; why it ended, `_Gone` where the child did not say."""
         while True:
             try:
                 name, arguments = connection.recv()
             except (EOFError, OSError):
-                return EOFError()
+                return _Gone()
             if name == "ended":
                 return _rebuilt(*arguments)
             getattr(self, f"_on_{name}")(*arguments)
@@ -241,6 +241,10 @@ def _died(code: int) -> str:
         return f"the engine's process ended with exit code {code}; its own messages are on stderr"
     hint = "; the system may be out of memory" if -code == signal.SIGKILL else ""
     return f"the engine's process was killed by {signal.Signals(-code).name} (exit code {code}){hint}"
+
+
+class _Gone(Exception):
+    """The pipe ended before the child said that it ends."""
 
 
 class RemoteTraceback(Exception):
