@@ -22,8 +22,8 @@ from torch import Tensor
 
 from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
 from pymllm_kernels.cuda.decode_attention import CudaAttention, Split
+from pymllm_kernels.cuda.few_rows import CudaLinear
 from pymllm_kernels.triton.attention import TritonAttention
-from pymllm_kernels.triton.linear import TritonLinear
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -110,7 +110,7 @@ def alone(name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> Non
 
 def chain(name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> None:
     """x -> qkv -> attention -> o -> x, each layer with weights of its own."""
-    work, count, node = Pass(shape, kv_lens), len(kv_lens), TritonLinear()
+    work, count, node = Pass(shape, kv_lens), len(kv_lens), CudaLinear()
     width = shape.heads * shape.dim
     sizes = (((shape.heads + 2 * shape.kv_heads) * shape.dim, shape.hidden), (shape.hidden, width))
     packed = [
@@ -169,7 +169,6 @@ MANY = [
     Split(2, cluster=2),
     Split(2, least=4, cluster=2),
     Split(8, least=8, cluster=2),
-    Split(4, least=16, cluster=2, warps=2),
 ]
 
 

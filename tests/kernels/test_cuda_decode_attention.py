@@ -247,7 +247,7 @@ def test_what_it_does_not_take_is_named() -> None:
 
 
 def test_arguments_are_those_of_the_header() -> None:
-    text = (SOURCES / "decode_attention.h").read_text()
+    text = (SOURCES / "decode_arguments.h").read_text()
     body = text[text.index("struct DecodeArguments {") : text.index("};")]
     names = [line.split(";")[0].split()[-1].lstrip("*") for line in body.splitlines()[1:] if ";" in line]
     assert names == [name for name, *_ in Arguments._fields_]

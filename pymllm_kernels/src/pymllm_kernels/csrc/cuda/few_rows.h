@@ -126,15 +126,12 @@ __device__ __forceinline__ void widen(const uint4& bits, float (&to)[8]) {
   }
 }
 
-// 128 + code - offset of the columns (i, i + 4), i = 0..3, of a word of eight codes.
-__device__ __forceinline__ void widen_codes(std::uint32_t word, __nv_bfloat162 minus_offset, std::uint32_t (&to)[4]) {
+// 128 + code of the columns (i, i + 4), i = 0..3, of a word of eight codes, in bfloat16.
+__device__ __forceinline__ void bias_codes(std::uint32_t word, std::uint32_t (&to)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    std::uint32_t biased;
+  for (int i = 0; i < 4; i++)
     // (word >> 4 i) & 0x000f000f | 0x43004300
-    asm("lop3.b32 %0, %1, 0x000f000f, 0x43004300, 0xea;" : "=r"(biased) : "r"(word >> (4 * i)));
-    to[i] = as_bits(__hadd2(as_pair(biased), minus_offset));
-  }
+    asm("lop3.b32 %0, %1, 0x000f000f, 0x43004300, 0xea;" : "=r"(to[i]) : "r"(word >> (4 * i)));
 }
 
 __host__ __device__ constexpr int row_bytes(int k) {
