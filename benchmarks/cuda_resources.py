@@ -41,8 +41,9 @@ SHARED_LIMIT: dict[Capability, int] = {
 }
 """Bytes that a block may have (CUDA C++ Programming Guide, Technical Specifications per Compute Capability)."""
 
-SPILLS = {"few_rows": 80}
-"""Bytes that a kernel may spill. int4 with two or four scales a unit, for 17 to 32 rows, has 255 registers."""
+SPILLS = {"few_rows": 120}
+"""Bytes that a kernel may spill. Those of int4 fill the registers at 17 to 32 rows, and with four scales a unit. That
+fewer units on their way, or fewer blocks on a multiprocessor, would be better has not been measured."""
 
 _PROPERTIES = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
@@ -82,6 +83,9 @@ def decode_resources(dim: int, capability: Capability) -> list[dict[str, Any]]:
     for match in sorted(_DECODE.finditer(log), key=lambda match: (int(match[1]), match[2], -int(match[3]))):
         warps, heads = int(match[1]), _HEADS[match[2], match[3]]
         shared = ctypes.CDLL(str(library)).pymllm_decode_attention_shared_memory(warps)
+        assert shared == decode_library.shared_bytes(dim, warps)
+        if shared > SHARED_LIMIT[capability]:
+            continue  # never launched there
         tile = f"{dim}, {warps} warps, group {heads}"
         found = _PROPERTIES.search(match[0])
         rows.append(row_of(library, "decode_attention", tile, capability, found, shared))

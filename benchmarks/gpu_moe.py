@@ -75,7 +75,7 @@ def forced(call: Callable[[Any], Tensor], most: int) -> Callable[[Any], Tensor]:
     """`call` with another limit between the paths."""
 
     def run(item: Any) -> Tensor:
-        with mock.patch.object(paths, "MAX_FEW_TOKENS", most):
+        with mock.patch.dict(paths.MAX_FEW_TOKENS, dict.fromkeys(paths.MAX_FEW_TOKENS, most)):
             return call(item)
 
     return run

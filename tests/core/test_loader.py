@@ -6,16 +6,21 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pymllm_core.config import Settings
+from pymllm_core.engine import build
 from pymllm_core.engine.build import assemble, build_engine
 from pymllm_core.engine.checkpoint import Checkpoint
 from pymllm_core.engine.loader import DummyReader, load_weights
 from pymllm_core.engine.status import Cancelled, Progress
+from pymllm_core.errors import CheckpointError
 from pymllm_core.protocols.quant import WeightSlot
 from pymllm_core.testing.checkpoints import write_toy
 from pymllm_core.testing.engines import TOY, registry_of
@@ -34,14 +39,33 @@ def test_progress_is_told_in_bytes(folder: Path) -> None:
     assembly = assemble(Settings.of(str(folder), device="cpu", dtype="float32"), registry_of(TOY))
     told: list[Progress] = []
     build_engine(assembly, progress=told.append)
-    assert told[0].stage == "reading the tokenizer"
-    assert told[-1].stage == "preparing the engine"
+    stages = list(dict.fromkeys(p.stage for p in told))
+    assert stages == ["loading weights", "reading the tokenizer", "preparing the engine"]
     loading = [p for p in told if p.stage == "loading weights"]
     assert [p.done for p in loading] == sorted(p.done for p in loading)
     assert (loading[0].done, loading[0].fraction, loading[-1].fraction) == (0, 0.0, 1.0)
     # Untied weights in float32: as many bytes as the file has, but for its header.
     total = (folder / "model.safetensors").stat().st_size
     assert total - 10_000 < loading[-1].total < total
+
+
+def test_a_broken_tokenizer_ends_the_loading_early(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read beside the weights, which can take minutes."""
+
+    def broken(assembly: Any) -> Any:
+        raise CheckpointError("the tokenizer is broken")
+
+    def endless(*args: Any, progress: Callable[[Progress], None], **kwargs: Any) -> None:
+        for _ in range(1000):
+            progress(Progress("loading weights"))
+            time.sleep(0.01)
+        raise AssertionError("nobody told the loading")
+
+    monkeypatch.setattr(build, "_make_processor", broken)
+    monkeypatch.setattr(build, "load_weights", endless)
+    assembly = assemble(Settings.of(str(folder), device="cpu"), registry_of(TOY))
+    with pytest.raises(CheckpointError, match="the tokenizer is broken"):
+        build_engine(assembly)
 
 
 def test_loading_can_be_cancelled_at_any_node(folder: Path) -> None:

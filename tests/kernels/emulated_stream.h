@@ -109,17 +109,6 @@ inline uint4 load_once(const void* from) { return emulated::loaded<uint4>(from);
 inline uint32_t load_word_once(const void* from) { return emulated::loaded<uint32_t>(from); }
 inline uint4 load_shared_with_others(const void* from) { return emulated::loaded<uint4>(from); }
 
-inline void copy_async(void* to, const void* from) {
-    if (reinterpret_cast<uintptr_t>(to) % 16) emulated::fault = emulated::kMisalignedAddress;
-    emulated::loaded<uint4>(from);
-    if (!emulated::fault) copy_async(to, from, true);
-}
-
-inline void wait_for_copies() {
-    copy_commit();
-    copy_wait<0>();
-}
-
 inline void multiply(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     struct Operands { uint32_t a[4], b[2]; };
     const auto all = emulated::gather(Operands{{a0, a1, a2, a3}, {b0, b1}});

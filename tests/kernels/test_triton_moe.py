@@ -24,20 +24,24 @@ KERNELS = {16: TritonExperts, 8: TritonInt8Experts, 4: TritonInt4Experts}
 def make_experts(
     seed: int, experts: int, n: int, k: int, *, bits: int, group: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors that `pack` receives, and what they mean: [experts, n, k] in float64."""
+    """The tensors that `pack` receives, and what they mean: [experts, n, k] in float64.
+
+    Made on the device, where the experts of a whole model's layer would take seconds otherwise.
+    """
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    random: dict[str, Any] = {"generator": generator, "device": DEVICE}
     if bits == 16:
-        weight = randn(seed, experts, n, k, dtype=dtype, scale=k**-0.5)
+        weight = (torch.randn(experts, n, k, **random) * k**-0.5).to(dtype)
         return {"weight": weight}, weight.double()
-    generator = torch.Generator().manual_seed(seed)
     high = 1 << (bits - 1)
     shape = (experts, n, k // 2) if bits == 4 else (experts, n, k)
-    low, top = (0, 256) if bits == 4 else (-high, high)
-    stored = torch.randint(low, top, shape, generator=generator).to(torch.uint8 if bits == 4 else torch.int8)
-    scale = (torch.rand(experts, n, k // group, generator=generator) + 0.5) / (high * k**0.5)
-    tensors = {"weight": stored.to(DEVICE), "scale": scale.to(dtype).to(DEVICE)}
+    low, top, stored = (0, 256, torch.uint8) if bits == 4 else (-high, high, torch.int8)
+    tensors = {"weight": torch.randint(low, top, shape, dtype=stored, **random)}
+    scale = (torch.rand(experts, n, k // group, **random) + 0.5) / (high * k**0.5)
+    tensors["scale"] = scale.to(dtype)
     if not symmetric:
-        zero_point = torch.randint(-high, high, (experts, n, k // group), generator=generator)
-        tensors["zero_point"] = zero_point.to(torch.int8).to(DEVICE)
+        groups = (experts, n, k // group)
+        tensors["zero_point"] = torch.randint(-high, high, groups, dtype=torch.int8, **random)
     wide = []
     for expert in range(experts):
         codes = unpack_int4(tensors["weight"][expert], k) if bits == 4 else tensors["weight"][expert]
@@ -82,17 +86,17 @@ def check(
     assert out.shape == (tokens, hidden)
     assert out.dtype == dtype
     # Rounded: the hidden row and the result; with many tokens also each expert's result, and integer weights.
-    assert rel_error(out, expected) < 1e-6 + TINY[dtype] * (2 + 2 * (tokens > MAX_FEW_TOKENS))
+    assert rel_error(out, expected) < 1e-6 + TINY[dtype] * (2 + 2 * (tokens > MAX_FEW_TOKENS[bits]))
     return out
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 19])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9, 19])
 def test_numbers_of_tokens(tokens: int, bits: int) -> None:
-    check(tokens, bits=bits, symmetric=tokens % 2 == 0, residual=tokens != 2)
+    check(tokens, bits=bits, symmetric=tokens % 2 == 0, residual=tokens != 4)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize(("bits", "group"), [(4, 64), (4, 96), (4, -1), (8, -1), (8, 32)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_groups(tokens: int, bits: int, group: int, symmetric: bool) -> None:
@@ -211,13 +215,13 @@ def quantised(x: Tensor) -> Tensor:
 
 
 def check_w8a8(tokens: int, *, experts: int, top_k: int, hidden: int, width: int, residual: bool) -> None:
-    generator = torch.Generator().manual_seed(tokens)
+    random: dict[str, Any] = {"generator": torch.Generator(DEVICE).manual_seed(tokens), "device": DEVICE}
     shapes = {"gate_up": (experts, 2 * width, hidden), "down": (experts, hidden, width)}
     tensors = {}
     for name, shape in shapes.items():
-        codes = torch.randint(-128, 128, shape, generator=generator).to(torch.int8).to(DEVICE)
-        scale = (torch.rand(shape[:2], generator=generator) + 0.5) / (64 * shape[2] ** 0.5)
-        tensors[name] = {"weight": codes, "weight_scale": scale.to(DEVICE)}
+        codes = torch.randint(-128, 128, shape, dtype=torch.int8, **random)
+        scale = (torch.rand(shape[:2], **random) + 0.5) / (64 * shape[2] ** 0.5)
+        tensors[name] = {"weight": codes, "weight_scale": scale}
     wide = {n: t["weight"].double() * t["weight_scale"].double()[..., None] for n, t in tensors.items()}
     x = randn(1, tokens, hidden + 4)[:, 4:]
     extra = randn(2, tokens, hidden) if residual else None
@@ -258,9 +262,10 @@ def test_w8a8_shapes_of_qwen3_30b(tokens: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 3, 8, 64, 500])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 500])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_shapes_of_qwen3_30b(tokens: int, bits: int) -> None:
     group = -1 if bits == 8 else 128
     check(tokens, experts=128, top_k=8, hidden=2048, width=768, bits=bits, group=group)
-    check(tokens, experts=128, top_k=8, hidden=2048, width=768, bits=bits, group=group, symmetric=False)
+    if bits < 16:
+        check(tokens, experts=128, top_k=8, hidden=2048, width=768, bits=bits, group=group, symmetric=False)

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from pymllm_core import SamplingParams
+from pymllm_core.config import ServerSettings
 from pymllm_core.engine.engine import Engine
+from pymllm_core.engine.processor import load_tokenizer
 from pymllm_core.errors import RequestError
 from pymllm_core.testing.engines import make_engine, run
+from pymllm_qwen3 import plugin
 
 QWEN3 = "pymllm_qwen3.plugin"
 
@@ -54,6 +57,43 @@ def test_every_chat_of_the_fixtures(engine: Engine, shared_qwen: Path) -> None:
 def test_every_encoding_of_the_fixtures(engine: Engine, shared_qwen: Path) -> None:
     for case in fixture(shared_qwen, "encodings.json"):
         assert engine.processor.from_text(case["text"]).token_ids == tuple(case["ids"]), case["text"]
+
+
+def test_the_familys_class_reads_what_autotokenizer_does(
+    shared_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it alone is asked where the folder names it, else AutoTokenizer."""
+    (known,) = {spec.tokenizer for spec in plugin.pymllm_models()}
+    folder = shared_qwen / "tokenizer"
+    settings = ServerSettings(model_path=str(folder))
+    expected = load_tokenizer(folder, settings)
+    asked: list[str] = []
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(name: str, **options: object) -> object:
+            asked.append(name)
+            return expected
+
+    # By its name: transformers replaces itself when a model's module is imported.
+    monkeypatch.setattr("transformers.AutoTokenizer", Auto)
+    found = load_tokenizer(folder, settings, known)
+    assert not asked
+    assert found is not None
+    assert type(found) is type(expected)
+    assert found._tokenizer.to_str() == expected._tokenizer.to_str()
+    differ = {
+        k for k in vars(found) | vars(expected) if str(vars(found).get(k)) != str(vars(expected).get(k))
+    }
+    assert not differ
+    stored = json.loads((folder / "tokenizer_config.json").read_text())
+    for change in (
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"auto_map": {"AutoTokenizer": ["a.B", None]}},
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**stored, **change}))
+        assert load_tokenizer(tmp_path, settings, known) is expected
+    assert asked == [str(tmp_path)] * 2
 
 
 def test_text_parts_are_joined(engine: Engine) -> None:

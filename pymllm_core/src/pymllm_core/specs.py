@@ -148,11 +148,14 @@ class ModelSpec(Spec):
     """A model class; `name` is the architecture of config.json, e.g. ``Qwen3ForCausalLM``.
 
     Implementation: a class as in `protocols.model.Model`. reasoning_parser and tool_call_parser name
-    the output parsers which fit this family, used where the settings name none.
+    the output parsers which fit this family, used where the settings name none. tokenizer is the class of
+    transformers that reads this family's tokenizers: where tokenizer_config.json names it, too, it is imported
+    alone, which saves the seconds that ``AutoTokenizer`` can take.
     """
 
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

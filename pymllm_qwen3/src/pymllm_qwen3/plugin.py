@@ -16,6 +16,7 @@ def pymllm_models() -> list[ModelSpec]:
             implementation=f"pymllm_qwen3.{module}:{name}",
             reasoning_parser="qwen3",
             tool_call_parser="hermes",
+            tokenizer="Qwen2Tokenizer",
         )
         for name, module in (("Qwen3ForCausalLM", "text"), ("Qwen3MoeForCausalLM", "moe"))
     ]

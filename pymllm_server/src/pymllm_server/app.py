@@ -26,12 +26,16 @@ REPORT_S = 5.0
 
 
 def create_app(
-    engine: Engine, settings: Settings, *, on_failure: Callable[[BaseException], None] | None = None
+    engine: Engine,
+    settings: Settings,
+    *,
+    on_ready: Callable[[], None] | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
     """An app that starts `engine` when it starts, and stops it when it stops.
 
-    It answers at once, with 503 and the progress while the model loads. on_failure is called where
-    loading failed; without it the app stays, and answers 503.
+    It answers at once, with 503 and the progress while the model loads. on_ready is called once it is loaded,
+    on_failure where loading failed; without it the app stays, and answers 503.
     """
     state = ServerState(engine, settings)
     server = settings.server
@@ -39,7 +43,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        loading = asyncio.create_task(_watch_loading(state, on_failure))
+        loading = asyncio.create_task(_watch_loading(state, on_ready, on_failure))
         try:
             yield
         finally:
@@ -72,7 +76,11 @@ def base_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _watch_loading(state: ServerState, on_failure: Callable[[BaseException], None] | None) -> None:
+async def _watch_loading(
+    state: ServerState,
+    on_ready: Callable[[], None] | None,
+    on_failure: Callable[[BaseException], None] | None,
+) -> None:
     """Log progress (each stage, and every few seconds within a long one) and how loading ended.
 
     Polls rather than waits: a wait would occupy a thread, for which the event loop waits when it closes,
@@ -88,6 +96,8 @@ async def _watch_loading(state: ServerState, on_failure: Callable[[BaseException
         await asyncio.sleep(0.05)
     server = state.settings.server
     if engine.state == "ready":
+        if on_ready:
+            on_ready()
         logger.info("ready: %s model %s", base_url(server.host, server.port), state.model_name)
     elif engine.state == "failed" and not state.closing:
         error = engine.error or EngineError("the engine gave no reason")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from pymllm_core.engine.graphs import graph_sizes
 from pymllm_core.engine.headers import read_json
 from pymllm_core.engine.loader import load_weights
 from pymllm_core.engine.model_graph import make_graph
-from pymllm_core.engine.processor import Processor, load_tokenizer
+from pymllm_core.engine.processor import load_processor
 from pymllm_core.engine.runner import Runner, RunnerConfig
 from pymllm_core.engine.scheduler import Scheduler, SchedulerLimits
 from pymllm_core.engine.status import Progress, ProgressCallback
@@ -172,14 +172,16 @@ def build_engine(
         torch.cuda.set_device(device)
     if overlap is None:
         overlap = device.type == "cuda"
-    progress(Progress("reading the tokenizer"))
-    folder = plan.model_path
-    if server.tokenizer_path is not None and server.tokenizer_path != server.model_path:
-        folder = Path(server.tokenizer_path).expanduser()
-        if not folder.is_dir():
-            options = SourceOptions(download_dir=server.download_dir, weights=False)
-            folder = resolve_model(server.tokenizer_path, plugins.registry(), options)
-    processor = Processor(plan, load_tokenizer(folder, server), assembly.config)
+    # Beside the weights, which come from the disk or are made on the device.
+    executor = ThreadPoolExecutor(1, thread_name_prefix="pymllm-tokenizer")
+    reading = executor.submit(load_processor, plan)
+    executor.shutdown(wait=False)
+
+    def watched(now: Progress) -> None:
+        if reading.done():
+            reading.result()  # a tokenizer that cannot be read ends the loading at once
+        progress(now)
+
     checkpoint = None if server.load_format == "dummy" else Checkpoint(plan.model_path)
     with torch.inference_mode():
         load_weights(
@@ -187,11 +189,13 @@ def build_engine(
             checkpoint,
             device,
             seed=server.random_seed,
-            progress=progress,
+            progress=watched,
             cancel=cancel or threading.Event(),
         )
         if checkpoint is not None:
             checkpoint.close()
+        progress(Progress("reading the tokenizer"))
+        processor = reading.result()
         progress(Progress("preparing the engine"))
         dtype, page_size = assembly.builder.dtype, plan.memory.page_size
         attention = plan.attention.spec.load()(

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pymllm_core import plugins
+from pymllm_core.builtin.sources import resolve_model
 from pymllm_core.config import ServerSettings
 from pymllm_core.engine.detokenizer import Detokenizer
 from pymllm_core.engine.headers import read_json
 from pymllm_core.errors import CheckpointError, RequestError
 from pymllm_core.plan import Plan
 from pymllm_core.protocols.parser import ReasoningParser, ToolCallParser
+from pymllm_core.protocols.source import SourceOptions
 from pymllm_core.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -195,9 +198,25 @@ class Processor:
         return self.tokenizer
 
 
-def load_tokenizer(folder: Path, settings: ServerSettings) -> PreTrainedTokenizerBase | None:
+def load_processor(plan: Plan) -> Processor:
+    """The processor of the plan's model. Raises CheckpointError where its tokenizer cannot be loaded."""
+    server = plan.settings.server
+    folder = plan.model_path
+    if server.tokenizer_path is not None and server.tokenizer_path != server.model_path:
+        folder = Path(server.tokenizer_path).expanduser()
+        if not folder.is_dir():
+            options = SourceOptions(download_dir=server.download_dir, weights=False)
+            folder = resolve_model(server.tokenizer_path, plugins.registry(), options)
+    config = read_json(plan.model_path / "config.json")
+    return Processor(plan, load_tokenizer(folder, server, plan.model.spec.tokenizer), config)
+
+
+def load_tokenizer(
+    folder: Path, settings: ServerSettings, known: str | None = None
+) -> PreTrainedTokenizerBase | None:
     """The folder's tokenizer; None (and a warning) where a model has none, which then takes token ids only.
 
+    known: the model family's class (`specs.ModelSpec`).
     Raises CheckpointError where it is broken, or missing from a folder that was named for it.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -206,21 +225,39 @@ def load_tokenizer(folder: Path, settings: ServerSettings) -> PreTrainedTokenize
             raise CheckpointError(f"{missing}; correct --server.tokenizer_path")
         logger.warning("%s: only token ids can be served; name one with --server.tokenizer_path", missing)
         return None
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder),
-            use_fast=settings.tokenizer_mode != "slow",
-            trust_remote_code=settings.trust_remote_code,
-            local_files_only=True,
-        )
+        tokenizer = _read_tokenizer(folder, settings, known)
     except Exception as error:  # third-party parsing of third-party files
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
     if settings.tokenizer_mode == "slow" and tokenizer.is_fast:
         raise CheckpointError(
             f"--server.tokenizer_mode slow was asked for, but {type(tokenizer).__name__} has no slow form"
         )
+    return tokenizer
+
+
+def _read_tokenizer(folder: Path, settings: ServerSettings, known: str | None) -> PreTrainedTokenizerBase:
+    """By the class `known` where the folder names it, too, else as ``AutoTokenizer`` decides."""
+    import transformers
+
+    file = folder / "tokenizer_config.json"
+    stored = read_json(file) if file.is_file() else {}
+    options: dict[str, Any] = {"local_files_only": True}
+    reader: Any = None
+    if (
+        known is not None
+        and str(stored.get("tokenizer_class")).removesuffix("Fast") == known
+        and "auto_map" not in stored
+        and settings.tokenizer_mode != "slow"
+    ):
+        reader = getattr(transformers, known, None)
+    if reader is None:
+        reader = transformers.AutoTokenizer
+        options |= {
+            "use_fast": settings.tokenizer_mode != "slow",
+            "trust_remote_code": settings.trust_remote_code,
+        }
+    tokenizer: PreTrainedTokenizerBase = reader.from_pretrained(str(folder), **options)
     return tokenizer
 
 

@@ -25,12 +25,17 @@ DIMS = (64, 128)
 MAX_GROUP = 16
 """Query heads of a KV head at most."""
 
-MAX_CLUSTER = 16
-"""Blocks of a cluster at most, on Hopper (CUDA programming guide, "Thread Block Clusters")."""
+TILE = 16
+"""Tokens of the cache that a warp takes at a time."""
+
+
+def shared_bytes(dim: int, warps: int, cluster: int = 1, group: int = MAX_GROUP) -> int:
+    """Bytes of shared memory that a block takes (csrc/cuda/decode_meet.h)."""
+    return warps * (128 * dim + 128) + 16 + (cluster - 1) * group * (dim + 2) * 4
 
 
 class Arguments(ctypes.Structure):
-    """``DecodeArguments`` of csrc/cuda/decode_attention.h."""
+    """``DecodeArguments`` of csrc/cuda/decode_arguments.h."""
 
     _fields_ = [
         ("q", c_void_p),

@@ -13,6 +13,14 @@ SMALL = 16 << 20
 """Bytes of a bfloat16 weight under which Triton's kernel for one row is faster, and ours for 2 to 8."""
 
 
+def one_row_is_ours(n: int, k: int, sms: int) -> bool:
+    """Whether one row of a large bfloat16 weight is faster with our kernel than with Triton's.
+
+    That one likes columns in blocks of 2048, and is slower at the output head.
+    """
+    return n >= 256 * sms or k % 2048 != 0
+
+
 def one_row_plan(n: int, k: int, sms: int, *, gated: bool, bits: int) -> Plan:
     """For one row and weights of 8 or 16 bits: 512 bytes of a row of the weight at a time. n: results."""
     chunks = ceil_div(k * bits // 8, 512)

@@ -9,6 +9,7 @@ library in the chain is ordered as ever, because it lacks the launch attribute.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,21 @@ class Gpu:
     shared: int
     pdl: bool
 
+
+def _name_the_compiler() -> None:
+    """Let Triton work out the name of itself in its compile cache, which it keeps for all kernels.
+
+    It is a hash over the whole compiler, a third of a second in which the interpreter is free for others: for what
+    is loaded between the import of the kernels and the first launch.
+    """
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # it lies elsewhere in other versions, which then hash at the first launch
+        return
+    triton_key()
+
+
+threading.Thread(target=_name_the_compiler, name="pymllm-triton-key", daemon=True).start()
 
 _pretended: list[Gpu] = []
 

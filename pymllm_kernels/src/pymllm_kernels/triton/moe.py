@@ -65,7 +65,7 @@ class TritonExperts:
             return out
         width = packed.gate_up.weight.shape[1] // 2
         hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
-        if tokens <= MAX_FEW_TOKENS:
+        if tokens <= MAX_FEW_TOKENS[packed.gate_up.bits]:
             few_gate_up(x, ids, packed.gate_up, hidden)
             few_down(hidden, weights, ids, packed.down, residual, out)
             return out

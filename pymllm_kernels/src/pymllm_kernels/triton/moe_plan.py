@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from pymllm_kernels.triton.launch import ceil_div, power_of_2
 
-MAX_FEW_TOKENS = 4
-"""Up to so many tokens, each pair of token and expert reads its weights by itself: few pairs share an expert."""
+MAX_FEW_TOKENS = {16: 4, 8: 8, 4: 8}
+"""By a weight's bits: up to so many tokens, each pair of token and expert reads its weights by itself, as few pairs
+share an expert. Measured on an H200 with the sizes of Qwen3-30B-A3B (`benchmarks/notes.md`)."""
 
 
 @dataclass(frozen=True, slots=True)

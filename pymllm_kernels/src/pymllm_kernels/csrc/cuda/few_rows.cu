@@ -13,9 +13,9 @@
 // The warps of a block take units of the same rows in turn; their sums are added in shared memory at the end.
 //
 // int4: word j (of 4) that lane t holds of unit u are the codes of columns 128 u + 32 j + 8 t + (0..7), lowest
-// first (`to_tiles` in cuda/few_rows.py packs them). `(word >> 4 i) & 0x000f000f | 0x43004300` are the bfloat16 numbers 128 +
-// code of the columns i and i + 4, from which 128 + 8 + zero point is subtracted, exactly; x is put in the same
-// order by byte permutations. Scales multiply sums of a group in float32.
+// first (`to_tiles` in cuda/few_rows.py packs them). `(word >> 4 i) & 0x000f000f | 0x43004300` are the bfloat16
+// numbers 128 + code of the columns i and i + 4; x is put in the same order by byte permutations. The 128 + 8 + zero
+// point that is too much leaves the sums of a group, which its scale multiplies in float32.
 
 #include "few_rows.h"
 #if PYMLLM_FORMAT == 2
@@ -27,12 +27,15 @@
 namespace {
 
 // A unit of int4: widened, multiplied, scaled.
+//
+// What a code and its zero point are offset by is not subtracted from every weight, but once from a group's sums: times
+// the sum of x, which the tensor cores find as the product with a row of ones.
 template <int ROW_TILES, int X_TILES>
 DEVICE void multiply_codes(float (&sums)[ROW_TILES][X_TILES][4], const uint4 (&weights)[ROW_TILES][2],
-                                               const std::uint32_t (&constants)[ROW_TILES][2][PARTS],
-                                               const uint4 (&x)[X_TILES][4]) {
+                           const std::uint32_t (&constants)[ROW_TILES][2][PARTS], const uint4 (&x)[X_TILES][4]) {
   constexpr int EACH = 4 / PARTS;  // words that share a scale
-  float group[ROW_TILES][X_TILES][4];
+  constexpr std::uint32_t ONES = 0x3f803f80u;
+  float group[ROW_TILES][X_TILES][4], x_sums[X_TILES][4];
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     std::uint32_t b[X_TILES][4];
@@ -43,15 +46,17 @@ DEVICE void multiply_codes(float (&sums)[ROW_TILES][X_TILES][4], const uint4 (&w
       b[c][1] = __byte_perm(bits.x, bits.z, 0x7632);
       b[c][2] = __byte_perm(bits.y, bits.w, 0x5410);
       b[c][3] = __byte_perm(bits.y, bits.w, 0x7632);
+      if (j % EACH == 0) x_sums[c][0] = x_sums[c][1] = x_sums[c][2] = x_sums[c][3] = 0.0f;
+      multiply(x_sums[c], ONES, ONES, ONES, ONES, b[c][0], b[c][1]);
+      multiply(x_sums[c], ONES, ONES, ONES, ONES, b[c][2], b[c][3]);
     }
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
       const std::uint32_t low_words[4] = {weights[r][0].x, weights[r][0].y, weights[r][0].z, weights[r][0].w};
       const std::uint32_t high_words[4] = {weights[r][1].x, weights[r][1].y, weights[r][1].z, weights[r][1].w};
-      const std::uint32_t low_constants = constants[r][0][j / EACH], high_constants = constants[r][1][j / EACH];
       std::uint32_t low[4], high[4];
-      widen_codes(low_words[j], __byte_perm(low_constants, 0, 0x3232), low);
-      widen_codes(high_words[j], __byte_perm(high_constants, 0, 0x3232), high);
+      bias_codes(low_words[j], low);
+      bias_codes(high_words[j], high);
 #pragma unroll
       for (int c = 0; c < X_TILES; c++) {
         float(&sum)[4] = group[r][c];
@@ -59,11 +64,12 @@ DEVICE void multiply_codes(float (&sums)[ROW_TILES][X_TILES][4], const uint4 (&w
         multiply(sum, low[0], high[0], low[1], high[1], b[c][0], b[c][1]);
         multiply(sum, low[2], high[2], low[3], high[3], b[c][2], b[c][3]);
         if (j % EACH == EACH - 1) {
-          const float low_scale = __uint_as_float(low_constants << 16), high_scale = __uint_as_float(high_constants << 16);
-          sums[r][c][0] += sum[0] * low_scale;
-          sums[r][c][1] += sum[1] * low_scale;
-          sums[r][c][2] += sum[2] * high_scale;
-          sums[r][c][3] += sum[3] * high_scale;
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const std::uint32_t both = constants[r][i / 2][j / EACH];
+            const float scale = __uint_as_float(both << 16), minus_offset = __uint_as_float(both & 0xffff0000u);
+            sums[r][c][i] += scale * (sum[i] + minus_offset * x_sums[c][i]);
+          }
         }
       }
     }
@@ -79,9 +85,10 @@ HOST_DEVICE constexpr int least_blocks(int x_tiles, int row_tiles) {
   return x_tiles > 1 ? 1 : FORMAT == 2 && row_tiles == 4 ? 3 : 2;
 }
 
-// Units that a warp has on their way.
-HOST_DEVICE constexpr int rounds_ahead(int row_tiles) {
-  if (FORMAT == 2) return (row_tiles == 4 ? 2 : 3) - (PARTS > 1 ? 1 : 0);
+// Units that a warp has on their way: as many as the registers hold.
+HOST_DEVICE constexpr int rounds_ahead(int x_tiles, int row_tiles, bool staged) {
+  if (PARTS == 4 && x_tiles == 4) return 1;  // a second one would spill 216 bytes
+  if (FORMAT == 2) return (row_tiles == 4 || (row_tiles == 1 && !staged) ? 2 : 3) - (PARTS > 1 ? 1 : 0);
   return row_tiles == 4 || (row_tiles == 2 && FORMAT == 1) ? 2 : 4;
 }
 
@@ -91,7 +98,7 @@ template <int X_TILES, int ROW_TILES, bool GATED, bool STAGED>
 __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_blocks(X_TILES, ROW_TILES))
     few_rows_kernel(const __grid_constant__ FewRowsArguments a) {
   // Units of weights on their way for each warp.
-  constexpr int AHEAD = rounds_ahead(ROW_TILES);
+  constexpr int AHEAD = rounds_ahead(X_TILES, ROW_TILES, STAGED);
   constexpr int X_AHEAD = STAGED || FORMAT == 2 ? 1 : AHEAD;
   constexpr int WIDTH = 16 * ROW_TILES, RESULTS = GATED ? WIDTH / 2 : WIDTH;
   // 4 more than the rows of W, so that the lanes of a warp write to 32 banks.

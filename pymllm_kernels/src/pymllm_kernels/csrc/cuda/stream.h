@@ -36,14 +36,6 @@ DEVICE uint4 load_shared_with_others(const void* from) {
   return value;
 }
 
-// 16 bytes through the first-level cache: other blocks of the multiprocessor copy the same.
-DEVICE void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
-// The copies of this thread are there, for this thread.
-DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // ---- numbers ----
 
 // d += a b of 8-bit integers: a is 16 x 32, b 32 x 8.

@@ -26,10 +26,12 @@ __global__ void widen_kernel(const char* words, const std::uint32_t* constants, 
     const int group = PARTS == 1 ? unit / units_per_group : unit * PARTS + j * PARTS / 4;
     const std::uint32_t both = constants[(tile * groups + group) * 16 + place % 16];
     const std::uint32_t scale = __byte_perm(both, 0, 0x1010);
+    const std::uint32_t minus_offset = __byte_perm(both, 0, 0x3232);
     std::uint32_t codes[4], value[4];
-    widen_codes(word[j], __byte_perm(both, 0, 0x3232), codes);
+    bias_codes(word[j], codes);
+    // The difference is exact.
 #pragma unroll
-    for (int i = 0; i < 4; i++) value[i] = multiply_pair(codes[i], scale);
+    for (int i = 0; i < 4; i++) value[i] = multiply_pair(add_pair(codes[i], minus_offset), scale);
     // (0, 4) (1, 5) (2, 6) (3, 7) to (0, 1) (2, 3) (4, 5) (6, 7)
     *reinterpret_cast<uint4*>(to + 64 * j) =
         make_uint4(__byte_perm(value[0], value[1], 0x5410), __byte_perm(value[2], value[3], 0x5410),
