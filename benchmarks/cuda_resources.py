@@ -70,6 +70,9 @@ def decode_resources(dim: int, capability: Capability) -> list[dict[str, Any]]:
     for match in sorted(_DECODE.finditer(log), key=lambda match: (int(match[1]), match[2], -int(match[3]))):
         warps, heads = int(match[1]), _HEADS[match[2], match[3]]
         shared = ctypes.CDLL(str(library)).pymllm_decode_attention_shared_memory(warps)
+        assert shared == decode_library.shared_bytes(dim, warps)
+        if shared > SHARED_LIMIT[capability]:
+            continue  # never launched there
         tile = f"{dim}, {warps} warps, group {heads}"
         found = _PROPERTIES.search(match[0])
         rows.append(row_of(library, "decode_attention", tile, capability, found, shared))

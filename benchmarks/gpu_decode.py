@@ -1,6 +1,6 @@
 """Times the attention of decodes: Triton's kernel beside the one in CUDA C++, which is checked against it.
 
-    python benchmarks/gpu_decode.py [--models 0.6B,8B] [--few] [--many] [--tune]
+    python benchmarks/gpu_decode.py [--models 0.6B,8B] [--few] [--many] [--tune] [--out results.jsonl]
 
 Each figure is the median of replays of a CUDA graph in which every call reads another layer's cache. ``chain`` is
 what attention adds to a chain of the products before and after it; ``alone`` one attention after another.
@@ -13,17 +13,19 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_attention import context
-from gpu_timing import MODELS, Shape, copies_of, graph_us, rel_error
+from gpu_timing import MODELS, Report, Shape, copies_of, graph_us, rel_error
 from torch import Tensor
 
 from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
-from pymllm_kernels.cuda.decode_attention import CudaAttention, Split
+from pymllm_kernels.cuda.decode_attention import CudaAttention
+from pymllm_kernels.cuda.decode_plan import Split
+from pymllm_kernels.cuda.few_rows import CudaLinear
 from pymllm_kernels.triton.attention import TritonAttention
-from pymllm_kernels.triton.linear import TritonLinear
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -85,11 +87,13 @@ class Pass:
         return found
 
 
-def report(title: str, us: float, moved: int, note: str = "") -> None:
-    print(f"{title:70} {us:9.2f} us {moved / us / 1e3:6.0f} GB/s {note}", flush=True)
+def show(report: Report, op: str, name: str, way: str, us: float, moved: int, error: float) -> None:
+    report.row(us, moved=moved, op=op, case=name, candidate=way, error=error)
+    wrong = "" if error < 0.02 else f"WRONG {error:.3f}"
+    print(f"{op} {name} {way:52} {us:9.2f} us {moved / us / 1e3:6.0f} GB/s {wrong}", flush=True)
 
 
-def alone(name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> None:
+def alone(report: Report, name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> None:
     work = Pass(shape, kv_lens)
     reference: Tensor | None = None
     for way, call in work.ways(tune).items():
@@ -105,12 +109,12 @@ def alone(name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> Non
             if "CUDA" in type(problem).__name__ or "Accelerator" in type(problem).__name__:
                 sys.exit(1)
             continue
-        report(f"alone {name} {way}", us, work.moved, "" if error < 0.02 else f"WRONG {error:.3f}")
+        show(report, "alone", name, way, us, work.moved, error)
 
 
-def chain(name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> None:
+def chain(report: Report, name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> None:
     """x -> qkv -> attention -> o -> x, each layer with weights of its own."""
-    work, count, node = Pass(shape, kv_lens), len(kv_lens), TritonLinear()
+    work, count, node = Pass(shape, kv_lens), len(kv_lens), CudaLinear()
     width = shape.heads * shape.dim
     sizes = (((shape.heads + 2 * shape.kv_heads) * shape.dim, shape.hidden), (shape.hidden, width))
     packed = [
@@ -132,6 +136,7 @@ def chain(name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> Non
         return y
 
     without = graph_us([functools.partial(run, None)]) / work.layers
+    report.row(without, op="chain", case=name, candidate="without attention")
     print(f"chain {name} without attention {without:.2f} us a layer")
     for way, call in work.ways(tune).items():
         try:
@@ -139,7 +144,7 @@ def chain(name: str, shape: Shape, kv_lens: list[int], tune: list[Split]) -> Non
         except Exception as problem:
             print(f"{name} {way}: {type(problem).__name__}: {problem}")
             continue
-        report(f"chain {name} {way}", us, work.moved)
+        show(report, "chain", name, way, us, work.moved, 0.0)
 
 
 FEW = [
@@ -169,7 +174,6 @@ MANY = [
     Split(2, cluster=2),
     Split(2, least=4, cluster=2),
     Split(8, least=8, cluster=2),
-    Split(4, least=16, cluster=2, warps=2),
 ]
 
 
@@ -179,19 +183,33 @@ def main() -> None:
     parser.add_argument("--few", action="store_true", help="one to 32 sequences")
     parser.add_argument("--many", action="store_true", help="64 to 256 sequences of 100 to 2048 tokens")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("gpu_decode.jsonl"))
     arguments = parser.parse_args()
+    report = Report(arguments.out)
     generator = torch.Generator().manual_seed(0)
     for model in arguments.models.split(","):
         shape = MODELS[model]
         if arguments.few:
             for batch, length in ((1, 1), (1, 128), (1, 256), (1, 2048), (1, 16384), (8, 256), (8, 2048)):
-                chain(f"{model} {batch}x{length}", shape, [length] * batch, FEW if arguments.tune else [])
+                chain(
+                    report,
+                    f"{model} {batch}x{length}",
+                    shape,
+                    [length] * batch,
+                    FEW if arguments.tune else [],
+                )
             for batch, length in ((32, 256), (128, 256)):
-                alone(f"{model} {batch}x{length}", shape, [length] * batch, FEW if arguments.tune else [])
+                alone(
+                    report,
+                    f"{model} {batch}x{length}",
+                    shape,
+                    [length] * batch,
+                    FEW if arguments.tune else [],
+                )
         if arguments.many:
             for batch in (32, 64, 128, 256):
                 lengths = torch.randint(100, 2048, (batch,), generator=generator).tolist()
-                alone(f"{model} {batch}x100..2048", shape, lengths, MANY if arguments.tune else [])
+                alone(report, f"{model} {batch}x100..2048", shape, lengths, MANY if arguments.tune else [])
 
 
 if __name__ == "__main__":

@@ -38,16 +38,21 @@ class Counter:
 
         def replay() -> None:
             self.replays[step.func.__name__] += 1
+            if step.func.__name__ == "_step":
+                self.replays[f"{step.args[0].page_table.shape[1]} pages"] += 1
             result.copy_(step())
 
         return replay, result
 
 
-def with_graphs(folder: Path, sizes: tuple[int, ...], **settings: Any) -> tuple[Engine, Counter]:
+def with_graphs(
+    folder: Path, sizes: tuple[int, ...], *, short_context: int = 0, **settings: Any
+) -> tuple[Engine, Counter]:
     """An engine whose decode steps run over the buffers of graphs."""
     engine = make_engine(folder, max_running_requests=max(sizes), **settings)
     runner, counter = engine._runner, Counter()
     object.__setattr__(runner.config, "graph_sizes", sizes)
+    runner._attention.short_context = short_context  # type: ignore[attr-defined]
     runner.capture(lambda done, total: None, capture=counter)
     # Nothing that padding reads may matter: what belongs to nobody is not a number.
     spare = runner.config.num_pages * runner.config.page_size
@@ -94,6 +99,33 @@ def test_answers_do_not_depend_on_graphs(toy: Path, overlap: bool, radix: bool, 
             assert (answer.logprobs is None) == (other.logprobs is None)
     assert counter.replays["_step"] > 20
     check_idle(engine)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_short_sequences_have_graphs_of_their_own(toy: Path, temperature: float) -> None:
+    """While all fit the narrow table, and never where one does not; sampled tokens do not depend on it."""
+    prompts = prompts_of([3, 5, 11])
+    params = SamplingParams(max_tokens=24, temperature=temperature, seed=3, ignore_eos=True)
+    settings: dict[str, Any] = {"overlap": True, "radix_cache_page_size": 2}
+    plain = make_engine(toy, max_running_requests=4, **settings)
+    engine, counter = with_graphs(toy, (1, 2, 4), short_context=16, **settings)
+    expected, got = complete(plain, prompts, params), complete(engine, prompts, params)
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+    # 11 tokens and what comes after the first of the answer, up to 16; then 16 to 34.
+    assert counter.replays["8 pages"] == 5
+    assert counter.replays["_step"] > 20
+    check_idle(engine)
+
+
+def test_batches_with_enough_work_have_no_graphs_for_short_sequences(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "SHORT_SIZES", 1)
+    engine, counter = with_graphs(toy, (1, 2), short_context=16, radix_cache_page_size=2, overlap=False)
+    complete(engine, prompts_of([3, 4]), greedy(6))
+    assert counter.replays["8 pages"] == 0
+    complete(engine, prompts_of([3], seed=1), greedy(6))
+    assert counter.replays["8 pages"] == 5
 
 
 def test_steady_steps_send_neither_ids_nor_tables(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
-// csrc/cuda/decode_attention.cu for the CPU, with the library's own C functions. Blocks of a grid run one after
+// csrc/cuda/decode_kernel.h for the CPU, with the C functions of decode_attention.cu. Blocks of a grid run one after
 // another, the last split first, those of a cluster together.
-#define PYMLLM_EMULATED
-#include "decode_attention.cu"
+#include "emulated_cuda.h"
+
+#include "decode_kernel.h"
 
 namespace {
 
@@ -12,12 +13,12 @@ struct Run {
     template <int kColumns, bool kSpare>
     int operator()() const {
         const int ranks = 1 << a.cluster_shift;
-        const int bytes = shared_bytes<kWarps, kDepth>() + inbox_floats(ranks, a.group) * 4;
+        const int bytes = shared_bytes<kWarps>() + inbox_floats(ranks, a.group) * 4;
         for (int sequence = 0; sequence < a.batch; ++sequence)
             for (int head = 0; head < a.kv_heads; ++head)
                 for (int split = (1 << a.splits_shift) - ranks; split >= 0; split -= ranks)
                     emulated::run(ranks, kWarps * 32, bytes, [&](int rank, int thread) {
-                        decode<kWarps, kDepth, kColumns, kSpare>(a, split + rank, head, sequence, thread,
+                        decode<kWarps, kColumns, kSpare>(a, split + rank, head, sequence, thread,
                                                                  emulated::shared_of(rank));
                     });
         return 0;

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pymllm_kernels.cuda.decode_library import DIMS, toolchain
+from pymllm_kernels.cuda.decode_library import DIMS
+from pymllm_kernels.cuda.library import toolchain
 from pymllm_kernels.cutlass.tiles import tiles_for
 from pymllm_kernels.cutlass.toolchain import cutlass_toolchain
 from pymllm_kernels.recipe import KernelBuildError

@@ -20,9 +20,11 @@ from triton_support import DEVICE, TINY, randn, rel_error
 from pymllm_core.nn import ops
 from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
 from pymllm_kernels.cuda import decode_attention
-from pymllm_kernels.cuda.decode_attention import CudaAttention, Split, choose_split
-from pymllm_kernels.cuda.decode_library import DTYPES, Arguments, DecodeLibrary
+from pymllm_kernels.cuda.decode_attention import CudaAttention
+from pymllm_kernels.cuda.decode_library import DTYPES, Arguments, DecodeLibrary, shared_bytes
+from pymllm_kernels.cuda.decode_plan import Split, choose_split
 from pymllm_kernels.triton.attention import TritonAttention
+from pymllm_kernels.triton.launch import Gpu
 
 BF16, F16 = torch.bfloat16, torch.float16
 NAN = float("nan")
@@ -247,19 +249,30 @@ def test_what_it_does_not_take_is_named() -> None:
 
 
 def test_arguments_are_those_of_the_header() -> None:
-    text = (SOURCES / "decode_attention.h").read_text()
+    text = (SOURCES / "decode_arguments.h").read_text()
     body = text[text.index("struct DecodeArguments {") : text.index("};")]
     names = [line.split(";")[0].split()[-1].lstrip("*") for line in body.splitlines()[1:] if ";" in line]
     assert names == [name for name, *_ in Arguments._fields_]
 
 
-def test_choice_of_splits() -> None:
-    assert choose_split(8, 40960, 132, clusters=True).splits == 16
-    assert choose_split(8, 64, 132, clusters=True).splits == 1
-    for items in (8, 16, 64, 256, 2048, 20000):
-        split = choose_split(items, 40960, 132, clusters=True)
-        assert split.splits & (split.splits - 1) == 0
-        assert split.splits <= 16
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "gpu",
+    [Gpu(132, 9, 227 << 10, pdl=True), Gpu(128, 8, 99 << 10, pdl=False), Gpu(16, 8, 163 << 10, pdl=False)],
+    ids=["H200", "RTX 4090", "Orin"],
+)
+def test_chosen_splits_can_be_launched(gpu: Gpu, dim: int) -> None:
+    for items in (1, 8, 16, 64, 132, 256, 2048, 20000):
+        for width in (16, 300, 40960):
+            split = choose_split(items, width, gpu, dim)
+            for number in (split.splits, split.cluster, split.warps):
+                assert number & (number - 1) == 0
+            assert split.cluster <= split.splits <= 16
+            assert shared_bytes(dim, split.warps, split.cluster) <= gpu.shared
+            assert split.cluster == 1 or gpu.major >= 9
+            # No more parts than the longest sequence has blocks.
+            assert split.splits == 1 or split.splits // 2 * 256 < width
+            assert split.warps == 4 or split.splits * items <= gpu.sms
 
 
 # ---- on a GPU ----

@@ -58,7 +58,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    library._why_not.cache_clear()
+    library.why_not_here.cache_clear()
     return Machine(tmp_path, monkeypatch)
 
 
@@ -154,10 +154,10 @@ def test_refused_without_compiler_and_bundle(machine: Machine) -> None:
     assert reason.startswith("no bundle holds int8_gemm_sm_87_")
     assert "no CUDA compiler found" in reason
     machine.nvcc("bin", "nvcc")
-    library._why_not.cache_clear()
+    library.why_not_here.cache_clear()
     assert "no CUTLASS headers found" in (needs().reason(want()) or "")
     machine.cutlass("system", "one")
-    library._why_not.cache_clear()
+    library.why_not_here.cache_clear()
     assert needs().reason(want()) is None
 
 
@@ -168,13 +168,13 @@ def test_bundle_serves_without_a_compiler_and_a_damaged_one_is_no_reason(machine
     machine.set(BUNDLE_ENV, write_bundle(machine.root / "bundle", [(r, file) for r in recipes[:1]]))
     assert (needs().reason(want()) or "").startswith(f"no bundle holds {recipes[1].name}")
     write_bundle(machine.root / "bundle", [(r, file) for r in recipes])
-    library._why_not.cache_clear()
+    library.why_not_here.cache_clear()
     assert needs().reason(want()) is None
     assert needs("cutlass-float16").reason(want(dtype="float16")) is not None
     damaged = json.loads((machine.root / "bundle" / MANIFEST).read_text())["kernels"][0]["file"]
     (machine.root / "bundle" / damaged).unlink()
     bundle._checked.cache_clear()  # as in another process
-    library._why_not.cache_clear()
+    library.why_not_here.cache_clear()
     assert needs().reason(want()) is None  # chosen, so that loading it names the damage
     with pytest.raises(KernelBuildError, match="is missing; copy the bundle again"):
         library.load_gemms(torch.bfloat16, (8, 7))

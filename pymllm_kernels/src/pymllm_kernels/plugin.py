@@ -72,6 +72,7 @@ def pymllm_kernels() -> list[KernelSpec]:
             priority=100,
         ),
         *_triton_kernels(),
+        *_cuda_kernels(),
         *_cutlass_kernels(),
     ]
 
@@ -121,6 +122,60 @@ def _triton_kernels() -> list[KernelSpec]:
                     down_static=ShapeRule(one_of=(0,)),
                     down_symmetric=ShapeRule(one_of=(1,)),
                 ),
+            ),
+        )
+    ]
+
+
+def _cuda_kernels() -> list[KernelSpec]:
+    """For few rows; with Triton's, CUTLASS's or cuBLAS's for many."""
+    # A block holds a row of x in shared memory.
+    longest = 1 << 15
+    int4 = {"K": ShapeRule(multiple_of=128, maximum=longest), "g_idx": ShapeRule(one_of=(0,))}
+    return [
+        KernelSpec(
+            operation=operation,
+            name=name,
+            implementation=f"pymllm_kernels.cuda.few_rows:{implementation}",
+            needs=Needs(
+                devices=("cuda",),
+                capability_min=(8, 0),
+                capability_max=(9, 0),
+                dtypes=("bfloat16",),
+                modules={"triton": "triton"},
+                shape=shape,
+                check=f"pymllm_kernels.cuda.few_rows_library:{check}",
+            ),
+            priority=200,
+        )
+        for operation, name, implementation, check, shape in (
+            (
+                "linear",
+                "cuda",
+                "CudaLinear",
+                "why_not_linear",
+                {"K": ShapeRule(multiple_of=32, maximum=longest)},
+            ),
+            (
+                "w8a8_linear",
+                "cuda",
+                "CudaW8A8",
+                "why_not_w8a8",
+                {"K": ShapeRule(multiple_of=64, maximum=longest)},
+            ),
+            (
+                "w4a16_linear",
+                "cuda",
+                "CudaW4A16",
+                "why_not_w4a16",
+                {**int4, "group_size": ShapeRule(multiple_of=128)},
+            ),
+            (
+                "w4a16_linear",
+                "cuda-groups",
+                "CudaW4A16",
+                "why_not_w4a16",
+                {**int4, "group_size": ShapeRule(one_of=(32, 64))},
             ),
         )
     ]

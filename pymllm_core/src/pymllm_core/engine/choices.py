@@ -10,7 +10,7 @@ import torch
 
 from pymllm_core.config import Settings
 from pymllm_core.device import DeviceInfo
-from pymllm_core.engine.graphs import MAX_DRAW_BYTES, draw_bytes, graph_sizes
+from pymllm_core.engine.graphs import MAX_DRAW_BYTES, SHORT_SIZES, draw_bytes, graph_sizes
 from pymllm_core.engine.headers import scan
 from pymllm_core.errors import CheckpointError, ConfigError
 from pymllm_core.plugins import Registry
@@ -203,7 +203,9 @@ def graph_bytes(shape: ModelShape, running: int) -> int:
     """
     row = 4 * (shape.vocab_size + 16 * shape.hidden_size + shape.routed_width)
     draws = min(draw_bytes(0, running, shape.vocab_size), MAX_DRAW_BYTES)
-    return running * row + draws + len(graph_sizes(running)) * (6 << 20)
+    sizes = graph_sizes(running)
+    count = len(sizes) + sum(size <= SHORT_SIZES for size in sizes)
+    return running * row + draws + count * (6 << 20)
 
 
 def unused_settings(settings: Settings, device: DeviceInfo, dtype: str) -> list[str]:

@@ -5,6 +5,10 @@ never move. The chosen tokens are written where the next step reads its ids, so 
 sequences run, a step needs nothing from the one before it. A batch that is smaller than its graph is filled
 up with rows that read and write the page of nobody.
 
+Attention takes as many launches as the longest possible sequence needs, of which a short one leaves most without
+work. So small batches have a second graph, for sequences that fit a narrow page table, where the backend asks for it
+(`AttentionBackend.short_context`).
+
 Sampling by the usual parameters (temperature, top_k with or without top_p and min_p) has graphs of its own,
 which are replayed after the step's. What is rarer is launched operator by operator (`Sampler.sample`).
 """
@@ -36,6 +40,12 @@ def graph_sizes(max_running: int) -> tuple[int, ...]:
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, max_running + 128, 128)]
     return (*(size for size in steps if size < max_running), max_running)
 
+
+SHORT_SIZES = 32
+"""Up to so many sequences a batch has a graph for short sequences: with more, attention has work enough."""
+
+Key = tuple[int, bool]
+"""Which graph: of how many sequences, and whether for short ones."""
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """From a step to what repeats it, and the tensor that holds the step's result after each repetition."""
@@ -93,12 +103,15 @@ class DecodeGraphs:
         self._model, self._attention, self._kv = model, attention, kv
         self._pages, self._page_size, self._vocab_size = pages, page_size, vocab_size
         self._capture = capture or _CudaCapture(device)
-        self._replays: dict[int, Callable[[], None]] = {}
-        self._logits: dict[int, Tensor] = {}
-        self._contexts: dict[int, ForwardContext] = {}
+        self._replays: dict[Key, Callable[[], None]] = {}
+        self._logits: dict[Key, Tensor] = {}
+        self._contexts: dict[Key, ForwardContext] = {}
         # The page after the last belongs to nobody (`Runner`).
         self._spare = kv[0].k.shape[0] // page_size - 1
         width = pages.table.shape[1]
+        short = -(-getattr(attention, "short_context", 0) // page_size)
+        # Pages of the narrow table; 0: there is none.
+        self._short = short if short < width else 0
         self.ids = torch.zeros(largest, dtype=torch.int64, device=device)
         self._numbers = torch.zeros(5 * largest, dtype=torch.int32, device=device)
         self._positions, self._slots, self._kv_lens = _views(self._numbers, largest)
@@ -111,8 +124,8 @@ class DecodeGraphs:
             host.kv_lens.fill_(1)
         self._turn = 0
         self._order: list[object] = []
-        self._size = 0
-        self._draw_replays: dict[tuple[int, int], Callable[[], None]] = {}
+        self._key: Key = (0, False)
+        self._draw_replays: dict[tuple[int, Key], Callable[[], None]] = {}
         self._uniforms = torch.zeros(largest, dtype=torch.float64, device=device)
         # temperature, top_k, top_p and min_p of each row
         self._parameters = torch.ones((4, largest, 1), dtype=torch.float64, device=device)
@@ -125,21 +138,27 @@ class DecodeGraphs:
     def prepare(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Capture every size, the largest first, so that the others find their memory in its pool."""
         self._numbers.copy_(self._hosts[0].numbers)
-        for done, size in enumerate(reversed(self.sizes)):
-            progress(done, len(self.sizes))
-            ctx = self._contexts[size] = self._context(size)
+        keys = [
+            (size, short)
+            for size in reversed(self.sizes)
+            for short in ((False, True) if self._short and size <= SHORT_SIZES else (False,))
+        ]
+        for done, key in enumerate(keys):
+            progress(done, len(keys))
+            size, _ = key
+            ctx = self._contexts[key] = self._context(key)
             self._attention.plan(ctx)
-            self._replays[size], logits = self._capture(partial(self._step, ctx, size))
+            self._replays[key], logits = self._capture(partial(self._step, ctx, size))
             for candidates in CAPTURED_DRAWS:
                 needed = draw_bytes(candidates, size, self._vocab_size)
                 if candidates < self._vocab_size and needed <= MAX_DRAW_BYTES:
                     draw_step = partial(self._draw_step, candidates, logits)
-                    self._draw_replays[candidates, size], _ = self._capture(draw_step)
+                    self._draw_replays[candidates, key], _ = self._capture(draw_step)
             # Only now: what samples from the logits must not have its intermediate results in their memory.
-            self._logits[size] = borrow(logits) if logits.is_cuda else logits
+            self._logits[key] = borrow(logits) if logits.is_cuda else logits
         if self.ids.is_cuda:
             torch.cuda.empty_cache()  # what the runs before the captures took
-        progress(len(self.sizes), len(self.sizes))
+        progress(len(keys), len(keys))
 
     def run(self, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> tuple[Tensor, Tensor]:
         """Start a step. Returns the greedy tokens [B] int64 and the logits [B, vocab] float32.
@@ -169,30 +188,31 @@ class DecodeGraphs:
             array[count:size] = padding
         self._numbers.copy_(host.numbers, non_blocking=True)
         steady = (
-            size == self._size
+            size == self._key[0]
             and earlier.data_ptr() == self.ids.data_ptr()
             and all(chunk.from_device for chunk in chunks)
             and len(self._order) == count
             and all(one is other for one, other in zip(self._order, sequences, strict=True))
         )
         same_pages = steady and not news
+        width = int(positions.max()) // self._page_size + 1
         if not same_pages:
-            width = int(positions.max()) // self._page_size + 1
             host.table[:count, :width].copy_(torch.from_numpy(self._pages.table[rows, :width]))
             host.table[count:size, :width] = self._spare
             self._table[:size, :width].copy_(host.table[:size, :width], non_blocking=True)
         if not steady:
-            self._order, self._size = list(sequences), size
+            self._order = list(sequences)
             self._send_ids(host, chunks, earlier, where)
-        ctx = self._contexts[size]
+        key = self._key = (size, size <= SHORT_SIZES and width <= self._short)
+        ctx = self._contexts[key]
         ctx.kv_lens_host, ctx.same_pages = numbers[2][:size].tolist(), same_pages
         self._attention.plan(ctx)
-        self._replays[size]()
-        return self.ids[:count], self._logits[size][:count]
+        self._replays[key]()
+        return self.ids[:count], self._logits[key][:count]
 
     def draws(self, group: Group) -> bool:
         """Whether sampling of this kind is captured."""
-        return (group.candidates, self._size) in self._draw_replays
+        return (group.candidates, self._key) in self._draw_replays
 
     def draw(self, group: Group, numbers: list[float]) -> Tensor:
         """Sample from the logits of the step just started: [B] int64, valid until the next call of `run`.
@@ -209,7 +229,7 @@ class DecodeGraphs:
             columns = (group.temperature, group.top_k, group.top_p, group.min_p)
             for parameter, column in zip(self._parameters, columns, strict=True):
                 parameter[:count] = column
-        self._draw_replays[group.candidates, self._size]()
+        self._draw_replays[group.candidates, self._key]()
         return self.ids[:count]
 
     def _send_ids(self, host: _Host, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> None:
@@ -228,13 +248,14 @@ class DecodeGraphs:
         if taken is not None:
             self.ids[torch.tensor(here, device=device)] = taken
 
-    def _context(self, size: int) -> ForwardContext:
+    def _context(self, key: Key) -> ForwardContext:
+        size, short = key
         return ForwardContext(
             positions=self._positions[:size],
             slots=self._slots[:size],
             query_start=self._query_start[: size + 1],
             kv_lens=self._kv_lens[:size],
-            page_table=self._table[:size],
+            page_table=self._table[:size, : self._short] if short else self._table[:size],
             num_decodes=size,
             query_lens=[1] * size,
             kv_lens_host=[1] * size,

@@ -71,6 +71,10 @@ class AttentionBackend(Protocol):
     as the longest sequence may become. `plan` is called before the capture and before every replay.
 
     prepares_decodes: it is a `PreparingBackend`, too.
+
+    short_context, which a backend need not have: a number of tokens. Where its launches follow from the width of the
+    page table, decodes of few sequences are captured for tables of this width as well, and replayed from those while
+    all their sequences fit.
     """
 
     graph_safe: bool

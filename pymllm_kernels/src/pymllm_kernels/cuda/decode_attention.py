@@ -5,46 +5,16 @@ Graph-safe like `triton.attention`: a launch depends on the batch size and on th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
-from pymllm_kernels.cuda.decode_library import DIMS, DTYPES, MAX_CLUSTER, MAX_GROUP, Arguments, decode_library
+from pymllm_kernels.cuda.decode_library import DIMS, DTYPES, MAX_GROUP, Arguments, decode_library
+from pymllm_kernels.cuda.decode_plan import Split, choose_split
 from pymllm_kernels.triton.attention import TritonAttention
-from pymllm_kernels.triton.launch import ceil_div, power_of_2
-
-TILE = 16
-"""Tokens of the cache that a warp takes at a time."""
 
 ALIGNMENT = 16
 """Bytes: rows are moved 16 at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """How a decode's cache is divided.
-
-    All are powers of two but `least`. splits: parts of a sequence, at most. least: blocks of `warps` tiles that a part
-    has at least. cluster: so many parts are a thread block cluster and meet in its shared memory; clusters meet in
-    global memory. warps: 4 or 8.
-    """
-
-    splits: int
-    least: int = 1
-    cluster: int = 1
-    warps: int = 4
-
-
-def choose_split(items: int, max_kv_len: int, sms: int, *, clusters: bool) -> Split:
-    """For `items` pairs of a sequence and a KV head, of sequences that may grow to max_kv_len tokens."""
-    useful = power_of_2(ceil_div(max_kv_len, 4 * TILE))
-    room = max(4 * sms // max(items, 1), 1)
-    splits = min(1 << (room.bit_length() - 1), MAX_CLUSTER, useful)
-    if splits > 1:
-        return Split(splits, cluster=splits if clusters else 1)
-    return Split(min(4, useful), least=8)
 
 
 class CudaAttention(TritonAttention):
@@ -65,8 +35,7 @@ class CudaAttention(TritonAttention):
         self._launch = decode_library(config.head_dim, config.dtype, config.device)
         self._split = Split(1)
         # Here once and for all, as `TritonAttention`'s, whose counters are too few for large batches that are split.
-        self._items = 16 * self._gpu.sms
-        size, device = (4 * self._items, self._group), config.device
+        size, device = (64 * self._gpu.sms, self._group), config.device
         self._partial = torch.empty((*size, config.head_dim), dtype=torch.float32, device=device)
         self._stats = torch.empty((*size, 2), dtype=torch.float32, device=device)
         self._counters = torch.zeros(size[0], dtype=torch.int32, device=device)
@@ -75,7 +44,7 @@ class CudaAttention(TritonAttention):
         """Choose how a decode's cache is divided: a matter of the batch and of the table's width."""
         items = ctx.num_decodes * self._config.num_kv_heads
         width = ctx.page_table.shape[1] * ctx.page_size
-        split = choose_split(items, width, self._gpu.sms, clusters=self._gpu.major >= 9)
+        split = choose_split(items, width, self._gpu, self._config.head_dim)
         self._split = split if items * split.splits // split.cluster <= len(self._counters) else Split(1)
 
     def prepare_and_attend(  # type: ignore[override]  # its own parameters for measuring

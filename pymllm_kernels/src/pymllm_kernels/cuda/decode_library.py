@@ -6,18 +6,15 @@ import ctypes
 import functools
 from collections.abc import Iterable
 from ctypes import POINTER, byref, c_float, c_int, c_int32, c_int64, c_void_p
-from pathlib import Path
 
 import torch
 
 from pymllm_core.errors import PymllmError
 from pymllm_core.specs import Want
+from pymllm_kernels.cuda.library import cuda_error, cuda_recipe, why_missing
 from pymllm_kernels.cutlass.tiles import Capability
-from pymllm_kernels.cutlass.toolchain import arch_name, find_nvcc, nvcc_search_flags
-from pymllm_kernels.jit import cache_entry, find_library, load_library
-from pymllm_kernels.recipe import KernelBuildError, Recipe, Toolchain
-
-_SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "decode_attention.cu"
+from pymllm_kernels.jit import load_library
+from pymllm_kernels.recipe import Recipe
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 """The types of q and of the cache, as PYMLLM_HALF of csrc/cuda/warp.h numbers them."""
@@ -28,12 +25,17 @@ DIMS = (64, 128)
 MAX_GROUP = 16
 """Query heads of a KV head at most."""
 
-MAX_CLUSTER = 16
-"""Blocks of a cluster at most, on Hopper (CUDA programming guide, "Thread Block Clusters")."""
+TILE = 16
+"""Tokens of the cache that a warp takes at a time."""
+
+
+def shared_bytes(dim: int, warps: int, cluster: int = 1, group: int = MAX_GROUP) -> int:
+    """Bytes of shared memory that a block takes (csrc/cuda/decode_meet.h)."""
+    return warps * (128 * dim + 128) + 16 + (cluster - 1) * group * (dim + 2) * 4
 
 
 class Arguments(ctypes.Structure):
-    """``DecodeArguments`` of csrc/cuda/decode_attention.h."""
+    """``DecodeArguments`` of csrc/cuda/decode_arguments.h."""
 
     _fields_ = [
         ("q", c_void_p),
@@ -88,47 +90,15 @@ class DecodeLibrary:
 
 
 def _expect_success(what: str, status: int) -> None:
-    hints = {
-        35: "; the driver is older than the CUDA release of the nvcc that compiled it",
-        209: "; it was compiled for another device",
-        222: "; the driver is older than the CUDA release of the nvcc that compiled it",
-    }
     if status:
-        raise DecodeAttentionError(
-            f"the decode attention failed to {what}: CUDA error {status}{hints.get(status, '')} (cudaError_t)"
-        )
-
-
-def toolchain() -> Toolchain:
-    """nvcc. Raises KernelBuildError where it is missing."""
-    nvcc = find_nvcc()
-    return Toolchain(str(nvcc), nvcc_search_flags(nvcc))
+        raise DecodeAttentionError(f"the decode attention failed to {what}: {cuda_error(status)}")
 
 
 def recipe(dim: int, dtype: torch.dtype, capability: Capability) -> Recipe:
     """How the library for one size of heads, dtype and device is compiled."""
-    arch = arch_name(capability)
-    number = arch.removeprefix("sm_")
-    return Recipe(
-        name=f"decode_attention_{arch}_{dim}_{str(dtype).removeprefix('torch.')}",
-        sources=(_SOURCE,),
-        flags=(
-            "-std=c++17",
-            "-O3",
-            "-DNDEBUG",
-            "-Xcompiler=-fPIC,-fvisibility=hidden",
-            "-Xptxas=-v",  # into compiler.log: registers and spills
-            "--shared",
-            # Its own copy of the runtime: torch's may be of another version of CUDA.
-            "--cudart=static",
-            f"-gencode=arch=compute_{number},code={arch}",
-            f"-DPYMLLM_DIM={dim}",
-            f"-DPYMLLM_HALF={DTYPES[dtype]}",
-        ),
-        toolchain=toolchain,
-        arch=arch,
-        seconds=8,
-    )
+    variant = f"{dim}_{str(dtype).removeprefix('torch.')}"
+    macros = {"PYMLLM_DIM": dim, "PYMLLM_HALF": DTYPES[dtype]}
+    return cuda_recipe("decode_attention", "decode_attention.cu", variant, macros, capability)
 
 
 def recipes(capability: Capability, dtypes: Iterable[torch.dtype]) -> list[Recipe]:
@@ -151,14 +121,4 @@ def why_not(want: Want) -> str | None:
     """Why no kernel can be had for this situation, None where it is compiled or can be: a `Needs.check`."""
     capability = want.device.capability
     assert capability is not None
-    item = recipe(want.shape["head_dim"], getattr(torch, want.dtype), capability)
-    try:
-        found = find_library(item)
-    except KernelBuildError:
-        return None  # a damaged bundle, which was meant to serve: loading says what is wrong with it
-    if found is None:
-        try:
-            cache_entry(item)
-        except KernelBuildError as error:
-            return f"no bundle holds {item.name}, and it cannot be compiled: {error}"
-    return None
+    return why_missing([recipe(want.shape["head_dim"], getattr(torch, want.dtype), capability)])

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from pymllm_core.specs import Want
+from pymllm_kernels.cuda.library import why_missing
 from pymllm_kernels.cutlass.gemm import OUT_DTYPES, Int8Gemm
 from pymllm_kernels.cutlass.tiles import Capability, Tile, tiles_for
 from pymllm_kernels.cutlass.toolchain import arch_name, cutlass_toolchain
-from pymllm_kernels.jit import cache_entry, find_library, load_library
+from pymllm_kernels.jit import load_library
 from pymllm_kernels.parallel import build_all
-from pymllm_kernels.recipe import KernelBuildError, Recipe
+from pymllm_kernels.recipe import Recipe
 
 _SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 _MEMORY = 4 << 30
@@ -81,19 +82,10 @@ def why_not(want: Want) -> str | None:
     """Why no product can be had for this situation, None where it is compiled or can be: a `Needs.check`."""
     capability = want.device.capability
     assert capability is not None
-    return _why_not(capability, want.dtype)
+    return why_not_here(capability, want.dtype)
 
 
 @functools.cache  # asked for every linear of a model
-def _why_not(capability: Capability, dtype: str) -> str | None:
-    for item in recipes(capability, [getattr(torch, dtype)]):
-        try:
-            found = find_library(item)
-        except KernelBuildError:
-            return None  # a damaged bundle, which was meant to serve: loading says what is wrong with it
-        if found is None:
-            try:
-                cache_entry(item)
-            except KernelBuildError as error:
-                return f"no bundle holds {item.name}, and it cannot be compiled: {error}"
-    return None
+def why_not_here(capability: Capability, dtype: str) -> str | None:
+    """Why no product can be had for a device and a dtype, None where it is compiled or can be."""
+    return why_missing(recipes(capability, [getattr(torch, dtype)]))

@@ -30,9 +30,12 @@ class TritonAttention:
     """`protocols.attention.AttentionBackend`.
 
     graph_safe: a pass of decodes alone may be captured in a CUDA graph; see above for what it depends on.
+    short_context: a decode launches as many splits as the table's width asks for, and those without work cost time:
+    2.5 us a layer at 128 tokens on an H200.
     """
 
     graph_safe = True
+    short_context = 512
 
     def __init__(self, config: AttentionConfig) -> None:
         self._config = config

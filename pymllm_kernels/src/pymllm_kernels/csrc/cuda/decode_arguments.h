@@ -1,4 +1,4 @@
-// The arguments of the decode attention; pymllm_kernels/cuda/decode_attention.py has the same structure.
+// The arguments of the decode attention; pymllm_kernels/cuda/decode_library.py has the same structure.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,313 @@
+// Linear nodes of few rows: y = act(norm(x) · W^T + bias) + residual for up to 64 rows of x, one launch.
+//
+// Bound by reading W, so everything serves that: every weight travels once, 16 bytes a lane, from global memory
+// straight into the registers in which the tensor cores want it. No shared memory and no barrier is in the way
+// while the weights stream, and the first of them are asked for before the kernel that makes x has finished
+// (programmatic dependent launch).
+//
+// How that fits the tensor cores (PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k32"): the weights are the
+// left operand, 16 of their rows a tile, the rows of x the columns of the right one, 8 a tile. A product does not
+// change when its inner dimension is permuted on both sides. So the k that a lane owns by the instruction's
+// definition, pairs that lie apart, are taken to be neighbours: lane (g, t) holds 16 bytes of row g, 16 of row
+// g + 8, and the same columns of x's row g. A unit is what one such pair of loads covers: UNIT columns of 16 rows.
+// The warps of a block take units of the same rows in turn; their sums are added in shared memory at the end.
+//
+// int4: word j (of 4) that lane t holds of unit u are the codes of columns 128 u + 32 j + 8 t + (0..7), lowest
+// first (`cuda/weights.py` packs them). `(word >> 4 i) & 0x000f000f | 0x43004300` are the bfloat16 numbers 128 +
+// code of the columns i and i + 4, from which 128 + 8 + zero point is subtracted, exactly; x is put in the same
+// order by byte permutations. Scales multiply sums of a group in float32.
+
+#include "few_rows.h"
+#if PYMLLM_FORMAT == 2
+#include "widen_int4.h"
+#else
+#include "one_row.h"
+#endif
+
+namespace {
+
+// A unit of int4: widened, multiplied, scaled.
+//
+// What a code and its zero point are offset by is not subtracted from every weight, but once from a group's sums: times
+// the sum of x, which the tensor cores find as the product with a row of ones.
+template <int ROW_TILES, int X_TILES>
+__device__ __forceinline__ void multiply_codes(float (&sums)[ROW_TILES][X_TILES][4], const uint4 (&weights)[ROW_TILES][2],
+                                               const std::uint32_t (&constants)[ROW_TILES][2][PARTS],
+                                               const uint4 (&x)[X_TILES][4]) {
+  constexpr int EACH = 4 / PARTS;  // words that share a scale
+  constexpr std::uint32_t ONES = 0x3f803f80u;
+  float group[ROW_TILES][X_TILES][4], x_sums[X_TILES][4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    std::uint32_t b[X_TILES][4];
+#pragma unroll
+    for (int c = 0; c < X_TILES; c++) {
+      const uint4 bits = x[c][j];
+      b[c][0] = __byte_perm(bits.x, bits.z, 0x5410);
+      b[c][1] = __byte_perm(bits.x, bits.z, 0x7632);
+      b[c][2] = __byte_perm(bits.y, bits.w, 0x5410);
+      b[c][3] = __byte_perm(bits.y, bits.w, 0x7632);
+      if (j % EACH == 0) x_sums[c][0] = x_sums[c][1] = x_sums[c][2] = x_sums[c][3] = 0.0f;
+      multiply(x_sums[c], ONES, ONES, ONES, ONES, b[c][0], b[c][1]);
+      multiply(x_sums[c], ONES, ONES, ONES, ONES, b[c][2], b[c][3]);
+    }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+      const std::uint32_t low_words[4] = {weights[r][0].x, weights[r][0].y, weights[r][0].z, weights[r][0].w};
+      const std::uint32_t high_words[4] = {weights[r][1].x, weights[r][1].y, weights[r][1].z, weights[r][1].w};
+      std::uint32_t low[4], high[4];
+      bias_codes(low_words[j], low);
+      bias_codes(high_words[j], high);
+#pragma unroll
+      for (int c = 0; c < X_TILES; c++) {
+        float(&sum)[4] = group[r][c];
+        if (j % EACH == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+        multiply(sum, low[0], high[0], low[1], high[1], b[c][0], b[c][1]);
+        multiply(sum, low[2], high[2], low[3], high[3], b[c][2], b[c][3]);
+        if (j % EACH == EACH - 1) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const std::uint32_t both = constants[r][i / 2][j / EACH];
+            const float scale = __uint_as_float(both << 16), minus_offset = __uint_as_float(both & 0xffff0000u);
+            sums[r][c][i] += scale * (sum[i] + minus_offset * x_sums[c][i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Few enough that several blocks find registers on a multiprocessor: one computes while another waits.
+__host__ __device__ constexpr int max_warps(int x_tiles, int row_tiles) {
+  return x_tiles > 1 || row_tiles == 2 ? 8 : row_tiles == 1 ? 12 : FORMAT == 2 ? 4 : 8;
+}
+
+__host__ __device__ constexpr int least_blocks(int x_tiles, int row_tiles) {
+  return x_tiles > 1 ? 1 : FORMAT == 2 && row_tiles == 4 ? 3 : 2;
+}
+
+// Units that a warp has on their way: as many as the registers hold.
+__host__ __device__ constexpr int rounds_ahead(int row_tiles, bool staged) {
+  if (FORMAT == 2) return (row_tiles == 4 || (row_tiles == 1 && !staged) ? 2 : 3) - (PARTS > 1 ? 1 : 0);
+  return row_tiles == 4 || (row_tiles == 2 && FORMAT == 1) ? 2 : 4;
+}
+
+// X_TILES: tiles of 8 rows of x. ROW_TILES: tiles of 16 rows of W, where gated one half of them gate, one up.
+// STAGED: x lies in shared memory; otherwise it is read from global memory, normed and quantised already.
+template <int X_TILES, int ROW_TILES, bool GATED, bool STAGED>
+__global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_blocks(X_TILES, ROW_TILES))
+    few_rows_kernel(const __grid_constant__ FewRowsArguments a) {
+  // Units of weights on their way for each warp.
+  constexpr int AHEAD = rounds_ahead(ROW_TILES, STAGED);
+  constexpr int X_AHEAD = STAGED || FORMAT == 2 ? 1 : AHEAD;
+  constexpr int WIDTH = 16 * ROW_TILES, RESULTS = GATED ? WIDTH / 2 : WIDTH;
+  // 4 more than the rows of W, so that the lanes of a warp write to 32 banks.
+  constexpr int STRIDE = WIDTH + 4;
+  extern __shared__ __align__(16) char smem[];
+  launch_dependents();
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int m = static_cast<int>(a.m), n = static_cast<int>(a.n), k = static_cast<int>(a.k), units = k / UNIT;
+  const int first = blockIdx.x * RESULTS;
+  // Which of its units a warp takes at a step; all steps of a round are on their way together.
+  const auto unit_of = [&](int round, int slot) {
+    return (round * AHEAD + slot) * warps + warp;
+  };
+  const int rounds = (units + AHEAD * warps - 1) / (AHEAD * warps);
+
+  // Where this lane's part of the rows of W begins, and of int4 the constants.
+  const char* rows[ROW_TILES][2];
+  const std::uint32_t* constants_of[ROW_TILES];
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const bool up = GATED && r >= ROW_TILES / 2;
+      const int row = first + 16 * (up ? r - ROW_TILES / 2 : r) + (FORMAT == 2 ? 0 : 8 * half + g);
+      if (FORMAT == 2) {
+        // Tiles lie one after another, those of up after those of gate, each filled up to 16 rows.
+        const std::int64_t tile = min(row, n - 1) / 16 + (up ? (n + 15) / 16 : 0);
+        rows[r][half] = static_cast<const char*>(a.weight) + tile * units * 1024 + lane * 16;
+        constants_of[r] = static_cast<const std::uint32_t*>(a.scale) + tile * a.groups * 16 + g;
+      } else {
+        // Rows after the last are computed for nothing and written nowhere.
+        rows[r][half] = static_cast<const char*>(a.weight) + (min(row, n - 1) + (up ? n : 0)) * a.weight_stride + 16 * t;
+      }
+    }
+  }
+  uint4 weights[AHEAD][ROW_TILES][2];
+  std::uint32_t constants[AHEAD][ROW_TILES][2][PARTS];
+  const auto fetch = [&](int slot, int unit) {
+    if (unit >= units) return;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        weights[slot][r][half] =
+            load_once(FORMAT == 2 ? rows[r][0] + 1024 * unit + 512 * half : rows[r][half] + 64 * unit);
+        if (FORMAT == 2) {
+#pragma unroll
+          for (int part = 0; part < PARTS; part++) {
+            const int group = PARTS == 1 ? unit / static_cast<int>(a.units_per_group) : unit * PARTS + part;
+            constants[slot][r][half][part] = load_word_once(constants_of[r] + group * 16 + 8 * half);
+          }
+        }
+      }
+    }
+  };
+#pragma unroll
+  for (int slot = 0; slot < AHEAD; slot++) fetch(slot, unit_of(0, slot));
+
+  const Layout at = layout_of(k, STAGED ? m : 0, a.norm != nullptr);
+  if (STAGED) fetch_gain(smem, at, a.norm, k);
+  wait_for_prerequisites();
+  if constexpr (STAGED) stage(smem, at, static_cast<const char*>(a.x), a.x_stride, m, k, a.norm, a.eps);
+
+  uint4 x[X_AHEAD][X_TILES][X_LOADS];
+  const auto fetch_x = [&](int slot, int unit) {
+    if (unit >= units) return;
+#pragma unroll
+    for (int c = 0; c < X_TILES; c++) {
+#pragma unroll
+      for (int j = 0; j < X_LOADS; j++) {
+        const int offset = 64 * X_LOADS * unit + 64 * j + 16 * t, row = 8 * c + g;
+        if (row >= m)
+          x[slot][c][j] = make_uint4(0, 0, 0, 0);
+        else if (STAGED)
+          x[slot][c][j] = *reinterpret_cast<const uint4*>(smem + row * row_bytes(k) + offset);
+        else
+          x[slot][c][j] = load_shared_with_others(static_cast<const char*>(a.x) + row * a.x_stride + offset);
+      }
+    }
+  };
+  if (!STAGED) {
+#pragma unroll
+    for (int slot = 0; slot < X_AHEAD; slot++) fetch_x(slot, unit_of(0, slot));
+  }
+  // What the end needs of others is on its way before the product begins.
+  const Ending<GATED> ending(a, first, RESULTS, threadIdx.x);
+
+  Sum sums[ROW_TILES][X_TILES][4];
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+    for (int c = 0; c < X_TILES; c++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[r][c][i] = 0;
+
+  for (int round = 0; round < rounds; round++) {
+#pragma unroll
+    for (int slot = 0; slot < AHEAD; slot++) {
+      const int unit = unit_of(round, slot), x_slot = slot % X_AHEAD;
+      if (unit >= units) break;
+      if (STAGED) fetch_x(0, unit);
+      if constexpr (FORMAT != 2) {
+#pragma unroll
+        for (int c = 0; c < X_TILES; c++) {
+          const uint4 b = x[x_slot][c][0];
+#pragma unroll
+          for (int r = 0; r < ROW_TILES; r++) {
+            const uint4 low = weights[slot][r][0], high = weights[slot][r][1];
+            multiply(sums[r][c], low.x, high.x, low.y, high.y, b.x, b.y);
+            multiply(sums[r][c], low.z, high.z, low.w, high.w, b.z, b.w);
+          }
+        }
+      } else {
+        multiply_codes<ROW_TILES, X_TILES>(sums, weights[slot], constants[slot], x[x_slot]);
+      }
+      fetch(slot, unit_of(round + 1, slot));
+      if (!STAGED)
+        fetch_x(x_slot, X_AHEAD > 1 || slot + 1 == AHEAD ? unit_of(round + 1, X_AHEAD > 1 ? slot : 0)
+                                                         : unit_of(round, slot + 1));
+    }
+  }
+
+  Sum* all = reinterpret_cast<Sum*>(smem + at.sums);  // [warps][rows of x][STRIDE]
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+    for (int c = 0; c < X_TILES; c++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int row = 8 * c + 2 * t + i % 2;
+        if (row < m) all[(warp * m + row) * STRIDE + 16 * r + 8 * (i / 2) + g] = sums[r][c][i];
+      }
+  __syncthreads();
+  const auto add_up = [&](int row, int place) {
+    Sum sum = 0;
+    for (int w = 0; w < warps; w++) sum += all[(w * m + row) * STRIDE + place];
+    return sum;
+  };
+  for (int index = threadIdx.x; index < m * RESULTS; index += blockDim.x) {
+    const int row = index / RESULTS, place = index % RESULTS;
+    const float x_scale = FORMAT != 1 ? 1.0f
+                          : STAGED    ? reinterpret_cast<const float*>(smem + at.scales)[row]
+                                      : a.x_scale[row];
+    const Ending<GATED> now = index == threadIdx.x ? ending : Ending<GATED>(a, first, RESULTS, index);
+    now.write(a, x_scale, add_up(row, place), GATED ? add_up(row, WIDTH / 2 + place) : Sum(0));
+  }
+}
+
+// One row of x a block, normed and quantised once for all blocks of the product that follows.
+__global__ void prepare_kernel(const __grid_constant__ FewRowsArguments a, char* out, float* scales) {
+  extern __shared__ __align__(16) char smem[];
+  launch_dependents();
+  const int k = static_cast<int>(a.k), row = blockIdx.x;
+  const Layout at = layout_of(k, 1, a.norm != nullptr);
+  fetch_gain(smem, at, a.norm, k);
+  wait_for_prerequisites();
+  stage(smem, at, static_cast<const char*>(a.x) + row * a.x_stride, 0, 1, k, a.norm, a.eps);
+  for (int chunk = threadIdx.x; chunk < k * X_BYTES / 16; chunk += blockDim.x)
+    reinterpret_cast<uint4*>(out + static_cast<std::int64_t>(row) * k * X_BYTES)[chunk] =
+        reinterpret_cast<const uint4*>(smem)[chunk];
+  if (FORMAT == 1 && threadIdx.x == 0) scales[row] = reinterpret_cast<const float*>(smem + at.scales)[0];
+}
+
+template <int X_TILES, int ROW_TILES, bool GATED, bool STAGED>
+int run(const FewRowsArguments& a, cudaStream_t stream) {
+  if (a.warps > max_warps(X_TILES, ROW_TILES)) return kShape;
+  const int results = (GATED ? 8 : 16) * ROW_TILES, m = static_cast<int>(a.m);
+  const std::int64_t tiles = (a.n + results - 1) / results;
+  const Layout at = layout_of(static_cast<int>(a.k), STAGED ? m : 0, a.norm != nullptr);
+  const int shared = at.sums + a.warps * m * (16 * ROW_TILES + 4) * 4;
+  return launch(few_rows_kernel<X_TILES, ROW_TILES, GATED, STAGED>,
+                dim3(static_cast<unsigned>(tiles)), 32 * a.warps, shared, a.pdl != 0, stream,
+                a);
+}
+
+template <int X_TILES, bool STAGED>
+int choose(const FewRowsArguments& a, cudaStream_t stream) {
+  switch (a.row_tiles * 2 + (a.gated ? 1 : 0)) {
+    case 2: return run<X_TILES, 1, false, STAGED>(a, stream);
+    case 4: return run<X_TILES, 2, false, STAGED>(a, stream);
+    case 5: return run<X_TILES, 2, true, STAGED>(a, stream);
+    default: break;
+  }
+  // The registers do not hold more of int4.
+  if constexpr (FORMAT != 2 || X_TILES < 4) {
+    if (a.row_tiles == 4) return a.gated ? run<X_TILES, 4, true, STAGED>(a, stream) : run<X_TILES, 4, false, STAGED>(a, stream);
+  }
+  return kShape;
+}
+
+}  // namespace
+
+PYMLLM_EXPORT int pymllm_few_rows(const FewRowsArguments* a, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (a->k % UNIT || a->m < 1 || a->warps < 1 || a->blocks < 1) return kShape;
+#if PYMLLM_FORMAT != 2
+  if (a->ahead && a->m == 1)
+    return a->warps > 8 ? kShape : a->gated ? choose_one_row<true>(*a, on) : choose_one_row<false>(*a, on);
+#endif
+  if (a->staged) return a->m <= MAX_STAGED ? choose<1, true>(*a, on) : kShape;
+  if (a->m <= 8) return choose<1, false>(*a, on);
+  if (a->m <= 16) return choose<2, false>(*a, on);
+  if (a->m <= 32) return choose<4, false>(*a, on);
+  return kShape;
+}
+
+// norm(x), quantised where weights are int8, to out [M, K] and scales [M]; of `a`: m, k, x, x_stride, norm, eps, pdl.
+PYMLLM_EXPORT int pymllm_few_rows_prepare(const FewRowsArguments* a, void* out, float* scales, void* stream) {
+  const int k = static_cast<int>(a->k), threads = k >= 8192 ? 512 : k >= 2048 ? 256 : 128;
+  return launch(prepare_kernel, dim3(static_cast<unsigned>(a->m)), threads, layout_of(k, 1, a->norm != nullptr).total,
+                a->pdl != 0, static_cast<cudaStream_t>(stream), *a, static_cast<char*>(out), scales);
+}

@@ -1,0 +1,274 @@
+"""Linear nodes with our own CUDA kernels for few rows; for many, what Triton, CUTLASS and cuBLAS do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pymllm_core.protocols.kernel import LinearKernel, Norm
+from pymllm_kernels.cuda.few_rows_library import (
+    MAX_ROWS,
+    FewRows,
+    Format,
+    Operand,
+    few_rows_kernels,
+    parts_of,
+)
+from pymllm_kernels.cuda.few_rows_plan import SMALL, one_row_is_ours, one_row_plan, tiles_plan
+from pymllm_kernels.cutlass.library import why_not_here
+from pymllm_kernels.cutlass.w8a8 import CutlassW8A8
+from pymllm_kernels.triton.launch import ceil_div, gpu
+from pymllm_kernels.triton.linear import DenseWeight, TritonLinear
+from pymllm_kernels.triton.norm import rms_norm
+from pymllm_kernels.triton.w8a8 import Int8Weight, TritonW8A8
+from pymllm_kernels.triton.widened import many_rows
+
+_OUT = (torch.bfloat16, torch.float32)
+
+
+def ready(x: Tensor) -> Tensor:
+    """x [M, K] as the kernels read it: columns side by side, rows at multiples of 16 bytes."""
+    aligned = x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if aligned else x.contiguous()
+
+
+def columns_adjacent(residual: Tensor | None) -> Tensor | None:
+    return residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
+
+
+MAX_NORMED = 1 << 14
+"""Columns up to which shared memory has room for a row and the norm's weight, on every device."""
+
+
+def normed(x: Tensor, norm: Norm | None) -> tuple[Tensor, Norm | None]:
+    """The norm of a row that is too long for the kernels is a launch of its own."""
+    return (x, norm) if norm is None or x.shape[1] <= MAX_NORMED else (rms_norm(ready(x), *norm), None)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedDense:
+    """own: the weight for our kernels. rest: for those of many rows."""
+
+    own: Operand
+    rest: DenseWeight
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt8:
+    """own: the weight for our kernels, None where they do not take it. rest: for those of many rows."""
+
+    own: Operand | None
+    rest: Int8Weight
+
+
+class CudaLinear:
+    """`protocols.kernel.LinearKernel` for ``linear`` in bfloat16.
+
+    One row of some large weights, 2 to 8 rows of a small one; the rest is `TritonLinear`'s.
+    """
+
+    fuses = TritonLinear.fuses
+
+    def __init__(self) -> None:
+        self._rest = TritonLinear()
+        self._kernels: FewRows | None = None
+
+    def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedDense:
+        """Raises KernelBuildError where the kernels have to be compiled and cannot."""
+        self._kernels = kernels_for(tensors["weight"], Format("bfloat16"))
+        rest = self._rest.pack(tensors, act=act)
+        bias = None if rest.bias is None else rest.bias.float()
+        return PackedDense(Operand(rest.weight, rest.out_features, rest.gated, bias=bias), rest)
+
+    def apply(
+        self,
+        x: Tensor,
+        packed: PackedDense,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        (rows, k), own, dtype = x.shape, packed.own, out_dtype or x.dtype
+        assert self._kernels is not None
+        sms, small = gpu(x.device).sms, own.weight.numel() * 2 < SMALL
+        large = not small and one_row_is_ours(own.n, k, sms)
+        if dtype not in _OUT or not (1 < rows <= 8 if small else rows == 1 and large):
+            return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
+        x, norm = normed(x, norm)
+        if rows == 1:
+            plan = one_row_plan(own.n, k, sms, gated=own.gated, bits=16)
+        else:
+            plan = tiles_plan(
+                rows, own.n, k, sms, gated=own.gated, normed=norm is not None, weights="bfloat16"
+            )
+        return self._kernels(ready(x), own, plan, norm=norm, residual=columns_adjacent(residual), dtype=dtype)
+
+
+class CudaW8A8:
+    """`protocols.kernel.LinearKernel` for ``w8a8_linear`` in bfloat16.
+
+    Up to 8 rows whose scales are found row by row, symmetrically; the rest is CUTLASS's or, where that cannot be
+    had, Triton's.
+    """
+
+    fuses = TritonW8A8.fuses
+
+    def __init__(self) -> None:
+        self._rest: LinearKernel | None = None
+        self._kernels: FewRows | None = None
+
+    def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedInt8:
+        """Raises KernelBuildError where the kernels have to be compiled and cannot."""
+        weight = tensors["weight"]
+        self._kernels = kernels_for(weight, Format("int8"))
+        if self._rest is None:
+            capability = torch.cuda.get_device_capability(weight.device)
+            takes = weight.shape[0] % 16 == 0 and why_not_here(capability, "bfloat16") is None
+            self._rest = CutlassW8A8() if takes else TritonW8A8()
+        rest: Int8Weight = self._rest.pack(tensors, act=act)
+        if rest.sum is not None or rest.static.scale is not None:
+            return PackedInt8(None, rest)
+        bias = None if rest.bias is None else rest.bias.float()
+        return PackedInt8(Operand(rest.weight, rest.out_features, rest.gated, rest.scale, bias), rest)
+
+    def apply(
+        self,
+        x: Tensor,
+        packed: PackedInt8,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        (rows, k), own, dtype = x.shape, packed.own, out_dtype or x.dtype
+        assert self._rest is not None
+        assert self._kernels is not None
+        if own is None or dtype not in _OUT or not 1 <= rows <= 8:
+            return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
+        sms = gpu(x.device).sms
+        x, norm = normed(x, norm)
+        if rows == 1:
+            plan = one_row_plan(own.n, k, sms, gated=own.gated, bits=8)
+        else:
+            plan = tiles_plan(rows, own.n, k, sms, gated=own.gated, normed=True, weights="int8")
+        return self._kernels(ready(x), own, plan, norm=norm, residual=columns_adjacent(residual), dtype=dtype)
+
+
+MAX_PASSES = 2
+"""So many times MAX_ROWS rows read the weights again; more are multiplied by widened weights."""
+
+
+class CudaW4A16:
+    """`protocols.kernel.LinearKernel` for ``w4a16_linear`` in bfloat16 and groups of 32, 64 or a multiple of 128.
+
+    Up to MAX_PASSES times MAX_ROWS rows on the codes; more with cuBLAS on weights that are widened for it.
+    """
+
+    fuses = TritonLinear.fuses
+
+    def __init__(self) -> None:
+        self._kernels: FewRows | None = None
+
+    def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> Operand:
+        """Raises KernelBuildError where the kernels have to be compiled and cannot."""
+        weight, scale = tensors["weight"], tensors["scale"]
+        gated, (rows, groups) = act is not None, scale.shape
+        group = weight.shape[1] * 2 // groups
+        self._kernels = kernels_for(weight, Format("int4", parts_of(group)))
+        offsets = (-136 - tensors["zero_point"].to(scale.dtype)) if "zero_point" in tensors else None
+        halves = 2 if gated else 1
+        bias = tensors.get("bias")
+        return Operand(
+            to_tiles(weight, halves),
+            rows // halves,
+            gated,
+            to_constants(scale, offsets, halves),
+            None if bias is None else bias.float(),
+            groups,
+            max(group // 128, 1),
+        )
+
+    def apply(
+        self,
+        x: Tensor,
+        packed: Operand,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        (rows, k), dtype, kernels = x.shape, out_dtype or x.dtype, self._kernels
+        assert kernels is not None
+        n, gated = packed.n, packed.gated
+        if rows > MAX_PASSES * MAX_ROWS:
+            total = n * (2 if gated else 1)
+            return many_rows(
+                x,
+                lambda first, wide: kernels.widen(packed, first, wide),
+                total,
+                None if packed.bias is None else packed.bias.to(x.dtype),
+                norm,
+                residual,
+                dtype,
+                gated=gated,
+            )
+        x, residual = ready(x), columns_adjacent(residual)
+        if rows > MAX_ROWS:
+            halves = [slice(0, MAX_ROWS), slice(MAX_ROWS, rows)]
+            parts = [
+                self.apply(
+                    x[half],
+                    packed,
+                    norm=norm,
+                    residual=None if residual is None else residual[half],
+                    out_dtype=dtype,
+                )
+                for half in halves
+            ]
+            return torch.cat(parts)
+        if rows == 0:
+            return torch.empty((0, n), dtype=dtype, device=x.device)
+        x, norm = normed(x, norm)
+        plan = tiles_plan(rows, n, k, gpu(x.device).sms, gated=gated, normed=norm is not None, weights="int4")
+        # Results are rounded once, whatever they are rounded to.
+        own = dtype if dtype in _OUT else torch.float32
+        return kernels(x, packed, plan, norm=norm, residual=residual, dtype=own).to(dtype)
+
+
+def kernels_for(weight: Tensor, form: Format) -> FewRows:
+    """The kernels for the weight's device."""
+    return few_rows_kernels(form, torch.cuda.get_device_capability(weight.device))
+
+
+def to_tiles(packed: Tensor, halves: int) -> Tensor:
+    """[N, K / 2] uint8 as in `quant_ops.unpack_int4` to the words that csrc/cuda/few_rows.cu reads, int32.
+
+    A unit of a tile of 16 rows, 1 KiB, lies in the order in which a warp's lanes load it: [tiles, K / 128, row / 8,
+    row % 8, t, j]. Each of the halves, gate and up, is filled up to whole tiles.
+    """
+    rows, width = packed.shape
+    words = packed.contiguous().view(torch.int32).view(halves, rows // halves, width // 4)
+    missing = -(rows // halves) % 16
+    if missing:
+        words = torch.nn.functional.pad(words, (0, 0, 0, missing))
+    tiles = halves * ceil_div(rows // halves, 16)
+    return words.reshape(tiles, 2, 8, width // 64, 4, 4).permute(0, 3, 1, 2, 5, 4).contiguous()
+
+
+def to_constants(scale: Tensor, offset: Tensor | None, halves: int) -> Tensor:
+    """scale, offset (-136 - zero point): [N, G] bfloat16 to [tiles, G, 16] int32, both in a word, in the words' tiles.
+
+    Exact: bfloat16 has 8 bits for 128 to 143.
+    """
+    rows, groups = scale.shape
+    if offset is None:
+        offset = torch.full_like(scale, -136)
+    # The first of two halves of a word is the lower one: GPUs and the CPUs beside them are little-endian.
+    words = torch.stack((scale, offset), dim=-1).view(torch.int32).view(halves, rows // halves, groups)
+    missing = -(rows // halves) % 16
+    if missing:
+        words = torch.nn.functional.pad(words, (0, 0, 0, missing))
+    return words.reshape(-1, 16, groups).transpose(1, 2).contiguous()

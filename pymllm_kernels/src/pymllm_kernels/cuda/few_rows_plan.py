@@ -1,0 +1,63 @@
+"""How a product of few rows is launched: explicit rules over its shape, nothing tried at run time.
+
+They follow sweeps of 20 to 90 launches a shape on an H200, of the linears of Qwen3 0.6B, 4B and 8B at one and at
+eight rows (benchmarks/results/gpu_few_rows.jsonl).
+"""
+
+from __future__ import annotations
+
+from pymllm_kernels.cuda.few_rows_library import UNIT, Plan
+from pymllm_kernels.triton.launch import ceil_div
+
+SMALL = 16 << 20
+"""Bytes of a bfloat16 weight under which Triton's kernel for one row is faster, and ours for 2 to 8."""
+
+
+def one_row_is_ours(n: int, k: int, sms: int) -> bool:
+    """Whether one row of a large bfloat16 weight is faster with our kernel than with Triton's.
+
+    That one likes columns in blocks of 2048, and is slower at the output head.
+    """
+    return n >= 256 * sms or k % 2048 != 0
+
+
+def one_row_plan(n: int, k: int, sms: int, *, gated: bool, bits: int) -> Plan:
+    """For one row and weights of 8 or 16 bits: 512 bytes of a row of the weight at a time. n: results."""
+    chunks = ceil_div(k * bits // 8, 512)
+    if bits == 8:
+        if chunks <= 4:
+            # Short rows: several of them for enough loads on their way.
+            return Plan(4, 4, staged=True, ahead=2 if gated or chunks <= 2 else 4)
+        if gated:
+            # One block a multiprocessor: what the next kernel asks for early has room beside it.
+            return Plan(2, 8, staged=True, ahead=8, blocks=sms)
+        return Plan(2, 8, staged=True, ahead=8)
+    if n >= 256 * sms:
+        return Plan(4, 8, staged=True, ahead=2)
+    if gated:
+        return Plan(1, 8, staged=True, ahead=8, blocks=2 * sms) if k < 4096 else Plan(2, 8, True, 4, 4 * sms)
+    if n > k:
+        return Plan(2, 8, staged=True, ahead=4)
+    return Plan(1, 8, staged=True, ahead=8)
+
+
+def tiles_plan(rows: int, n: int, k: int, sms: int, *, gated: bool, normed: bool, weights: str) -> Plan:
+    """For up to MAX_ROWS rows on the tensor cores. weights: a key of UNIT."""
+    if rows > 8:
+        row_tiles, limit = 2, 8 if n <= 32 * sms else 4
+    elif gated:
+        row_tiles, limit = (
+            (2, 8) if weights == "int4" and n < 64 * sms else (4, 4 if weights == "int4" else 8)
+        )
+    elif weights == "int4" and n >= 24 * sms and k < n:
+        row_tiles, limit = 2, 8
+    else:
+        row_tiles, limit = 1, 12
+    # Each block would norm or quantise all rows: worth it for one, and where there is nothing of that to do.
+    staged = rows == 1 or (rows <= 8 and not normed and weights == "bfloat16" and rows * k <= 1 << 15)
+    return Plan(row_tiles, _warps(k // UNIT[weights], limit), staged)
+
+
+def _warps(units: int, limit: int) -> int:
+    """As many as leave none idle in the last round."""
+    return ceil_div(units, ceil_div(units, limit))
