@@ -1,12 +1,14 @@
 """Compiles every CUDA source for GPUs that need not be there, and writes down what it takes.
 
     python benchmarks/cuda_resources.py [--capabilities 8.0,8.7,8.9,9.0 | --tiles 8.7:64x128x128-32x64-3 ...]
-                                        [--kernels int8_gemm,decode_attention]
+                                        [--kernels int8_gemm,decode_attention,few_rows]
                                         [--rows rows.jsonl] [--write docs/reference/cuda-kernels.md]
 
 Prints a Markdown table of what ptxas says of each kernel: registers a thread, bytes of shared memory a block,
-bytes spilled. Ends with an error where one spills or asks for more than its device has. Compiles through the
-cache, so a second run takes no time.
+bytes spilled. Of the linear nodes of few rows, whose libraries hold 20 to 37 kernels, the one with most registers, the
+bytes that any of them spills at most, and shared memory for one row of 4096 columns with a norm, staged by 8 warps.
+Ends with an error where one spills more than SPILLS allows or asks for more than its device has. Compiles through
+the cache, so a second run takes no time. --tiles names tiles of int8_gemm or formats of few_rows (8.0:int4_g32).
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Any
 
 import torch
 
-from pymllm_kernels.cuda import decode_library
+from pymllm_kernels.cuda import decode_library, few_rows_library
+from pymllm_kernels.cuda.few_rows_library import FORMATS, Arguments, Format
 from pymllm_kernels.cutlass.library import recipe
 from pymllm_kernels.cutlass.tiles import Capability, Tile, tile_named, tiles_for
 from pymllm_kernels.cutlass.toolchain import cutlass_version, find_cutlass, find_nvcc
@@ -38,6 +41,10 @@ SHARED_LIMIT: dict[Capability, int] = {
 }
 """Bytes that a block may have (CUDA C++ Programming Guide, Technical Specifications per Compute Capability)."""
 
+SPILLS = {"few_rows": 120}
+"""Bytes that a kernel may spill. Those of int4 fill the registers at 17 to 32 rows, and with four scales a unit. That
+fewer units on their way, or fewer blocks on a multiprocessor, would be better has not been measured."""
+
 _PROPERTIES = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r".*?Used (?P<registers>\d+) registers",
@@ -47,6 +54,12 @@ _PROPERTIES = re.compile(
 # kWarps, kColumns, kSpare: the parameters of decode_attention.cu's kernel
 _DECODE = re.compile(
     r"entry function '\w*decode_kernelILi(\d+)ELi(\d+)ELb([01])E.*?(?=Compiling|\Z)", re.DOTALL
+)
+# X_TILES, ROW_TILES, GATED, STAGED of few_rows.cu's kernel; ROWS, GATED, AHEAD of one_row.h's
+_FEW_ROWS = re.compile(
+    r"entry function '\w*?(?P<kernel>few_rows_kernel|one_row_kernel|prepare_kernel|widen_kernel)"
+    r"(?:I(?P<values>\w+?)EEv)?.*?(?=Compiling|\Z)",
+    re.DOTALL,
 )
 _HEADS = {("1", "1"): "1-7", ("1", "0"): "8", ("2", "0"): "9-16"}
 
@@ -81,6 +94,24 @@ def decode_resources(dim: int, capability: Capability) -> list[dict[str, Any]]:
     return rows
 
 
+def few_rows_resources(form: Format, capability: Capability) -> dict[str, Any]:
+    """One row for all kernels of a format."""
+    library = build_library(few_rows_library.recipe(form, capability))
+    log = (library.parent / "compiler.log").read_text()
+    kernels = [(match, _PROPERTIES.search(match[0])) for match in _FEW_ROWS.finditer(log)]
+    found = {match: properties for match, properties in kernels if properties is not None}
+    if not found or len(found) < log.count("Compiling entry function"):
+        raise SystemExit(f"not all kernels are known of {library.parent / 'compiler.log'}")
+    most = max(found, key=lambda match: (int(found[match]["registers"]), int(found[match]["stores"])))
+    sizes = Arguments(m=1, k=4096, norm=1, staged=1, row_tiles=2, warps=8)
+    shared = ctypes.CDLL(str(library)).pymllm_few_rows_shared_memory(ctypes.byref(sizes))
+    row = row_of(library, "few_rows", form.name, capability, found[most], shared)
+    for key in ("stores", "loads"):
+        row[f"spill_{key}"] = max(int(each[key]) for each in found.values())
+    values = re.findall(r"L[ib](\d+)", most["values"] or "")
+    return row | {"kernels": len(found), "largest": f"{most['kernel']}<{', '.join(values)}>"}
+
+
 def row_of(
     library: Path, kernel: str, tile: str, capability: Capability, found: re.Match[str] | None, shared: int
 ) -> dict[str, Any]:
@@ -105,14 +136,15 @@ def faults(row: dict[str, Any]) -> list[str]:
     found = []
     if row["shared"] > row["shared_limit"]:
         found.append(f"takes {row['shared']} bytes of shared memory, a block has {row['shared_limit']}")
-    if row["spill_stores"] or row["spill_loads"]:
+    if max(row["spill_stores"], row["spill_loads"]) > SPILLS.get(row["kernel"], 0):
         found.append(f"spills {row['spill_stores']} bytes")
     return [f"{row['kernel']} {row['tile']} at {row['capability']} {fault}" for fault in found]
 
 
 def line(row: dict[str, Any]) -> str:
+    tile = row["tile"] + (f", {row['kernels']} kernels: `{row['largest']}`" if "largest" in row else "")
     return (
-        f"| {row['capability']} | `{row['kernel']}` | {row['tile']} | {row['registers']} | {row['shared']} "
+        f"| {row['capability']} | `{row['kernel']}` | {tile} | {row['registers']} | {row['shared']} "
         f"| {row['spill_stores']} | {row['library_bytes'] // 1024} |"
     )
 
@@ -123,7 +155,10 @@ Made by `python benchmarks/cuda_resources.py --write docs/reference/cuda-kernels
 source, compiled with every tile of its device's table and results in bfloat16. Nothing is run. Registers and
 spilled bytes are of a thread, shared memory in bytes of a block, which may have 166912 at 8.0 and 8.7, 101376 at
 8.6 and 8.9, and 232448 at 9.0; where the decode attention's splits are a cluster, a block has up to 125 kB more than
-listed. Triton's kernels have [a table of their own](gpu-kernels.md).
+listed. `few_rows` has a library for each format of weights: the kernel with most registers is named (numbers:
+tiles of 8 rows of x, tiles of 16 rows of the weight, gated, staged; of `one_row`: results of a warp, gated, loads
+ahead), the spilled bytes are the most of any, shared memory is that of one row of 4096 columns with a norm.
+Triton's kernels have [a table of their own](gpu-kernels.md).
 
 | capability | kernel | tile | registers | shared | spilled | library KiB |
 |---|---|---|---|---|---|---|
@@ -139,27 +174,37 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--capabilities", default="8.0,8.7,8.9,9.0")
     source.add_argument("--tiles", nargs="+", metavar="X.Y:NAME", help="single tiles, each with its device")
-    parser.add_argument("--kernels", default="int8_gemm,decode_attention")
+    parser.add_argument("--kernels", default="int8_gemm,decode_attention,few_rows")
     parser.add_argument("--rows", type=Path, help="JSONL to write")
     parser.add_argument("--write", type=Path, help="Markdown to write")
     arguments = parser.parse_args()
     kernels = arguments.kernels.split(",")
     wanted: list[Capability] = []
+    forms = {form.name: form for form in FORMATS}
+    few: list[tuple[Format, Capability]] = []
     if arguments.tiles:
         named = [(text.partition(":")[2], capability_of(text)) for text in arguments.tiles]
-        pairs = [(tile_named(name, capability), capability) for name, capability in named]
+        few = [(forms[name], capability) for name, capability in named if name in forms]
+        pairs = [
+            (tile_named(name, capability), capability) for name, capability in named if name not in forms
+        ]
     else:
         wanted = [capability_of(text) for text in arguments.capabilities.split(",")]
         pairs = [(tile, capability) for capability in wanted for tile, _ in tiles_for(capability)]
+        few = [(form, capability) for capability in wanted for form in FORMATS]
     if "int8_gemm" not in kernels:
         pairs = []
+    if "few_rows" not in kernels:
+        few = []
     heads = [(dim, capability) for capability in wanted for dim in decode_library.DIMS]
     if "decode_attention" not in kernels:
         heads = []
     build_all([recipe(tile, torch.bfloat16, capability) for tile, capability in pairs])
     build_all([decode_library.recipe(dim, torch.bfloat16, capability) for dim, capability in heads])
+    build_all([few_rows_library.recipe(form, capability) for form, capability in few])
     rows = [resources(tile, capability) for tile, capability in pairs]
     rows += [row for dim, capability in heads for row in decode_resources(dim, capability)]
+    rows += [few_rows_resources(form, capability) for form, capability in few]
     text = HEAD + "\n".join(map(line, rows)) + "\n"
     print(text)
     if arguments.write:

@@ -1,4 +1,4 @@
-"""The seam between asyncio and the engine's thread, with the toy model."""
+"""The seam between asyncio and the engine, on a thread and in a process of its own, with the toy model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,15 @@ import pytest
 
 from pymllm_core.config import Settings
 from pymllm_core.engine import build, status
-from pymllm_core.engine.async_engine import AsyncEngine, Stream
+from pymllm_core.engine.async_engine import AsyncEngine
+from pymllm_core.engine.detokenizer import Detokenizer
+from pymllm_core.engine.engine import Engine
 from pymllm_core.engine.status import Progress, StageTimes
-from pymllm_core.errors import EngineError, RequestError
+from pymllm_core.engine.stream import Stream
+from pymllm_core.errors import EngineError, QueueFullError, RequestError
 from pymllm_core.output import Completion, Delta, TokenLogprob, Usage
-from pymllm_core.request import Request
+from pymllm_core.request import Request, SamplingParams
+from pymllm_core.testing.accidents import BURNS, load_toy
 from pymllm_core.testing.checkpoints import write_toy
 from pymllm_core.testing.engines import TOY, complete, greedy, make_engine, registry_of
 
@@ -32,14 +37,33 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def engine(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncEngine]:
-    monkeypatch.setattr("pymllm_core.plugins.registry", lambda: registry_of(TOY))
-    found = AsyncEngine(Settings.of(str(toy), device="cpu", dtype="float32", max_running_requests=4))
+@pytest.fixture(scope="module", params=["off", "on"])
+def shared(request: pytest.FixtureRequest, toy: Path) -> Iterator[AsyncEngine]:
+    """An engine in this process and in its own, for tests that leave it as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pymllm_core.plugins.registry", None)  # `load_toy` sets it
+        with started(toy, request.param) as found:
+            yield found
+
+
+@contextmanager
+def started(toy: Path, own_process: str, **server: Any) -> Iterator[AsyncEngine]:
+    fields = {"device": "cpu", "dtype": "float32", "max_running_requests": 4, **server}
+    found = AsyncEngine(Settings.of(str(toy), engine_process=own_process, **fields), load_toy)
     found.start()
-    asyncio.run(found.wait_ready())
-    yield found
-    found.stop()
+    try:
+        asyncio.run(found.wait_ready())
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.fixture
+def engine(shared: AsyncEngine) -> Iterator[AsyncEngine]:
+    yield shared
+    wait_until_idle(shared)
+    assert shared.flush_cache()
+    assert shared.stats().waiting == 0
 
 
 async def read(stream: Stream) -> list[Delta]:
@@ -106,36 +130,164 @@ def test_leaving_and_aborting_end_a_request(engine: AsyncEngine) -> None:
     assert engine.stats().running == 0
 
 
-def test_a_step_that_fails_ends_its_requests_only(
-    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def ask() -> list[Delta]:
-        return await read(engine.submit(Request("a", (5, 6), greedy(5))))
+def test_a_step_that_fails_ends_its_requests_only(engine: AsyncEngine) -> None:
+    async def ask(first: int) -> list[Delta]:
+        return await read(engine.submit(Request("a", (first, 6), greedy(5))))
 
-    inner: Any = engine._engine
-    launch = inner.runner.launch
-
-    def fail(batch: Any) -> Any:
-        monkeypatch.setattr(inner.runner, "launch", launch)
-        raise RuntimeError("the device is on fire")
-
-    monkeypatch.setattr(inner.runner, "launch", fail)
-    failed = asyncio.run(ask())[-1]
+    failed = asyncio.run(ask(BURNS))[-1]
     assert failed.finish_reason == "error"
     assert "on fire" in (failed.error or "")
-    assert Completion.join(asyncio.run(ask())).finish_reason == "length"
+    assert Completion.join(asyncio.run(ask(5))).finish_reason == "length"
 
 
-def test_stopping_ends_streams_and_refuses_new_ones(engine: AsyncEngine) -> None:
-    async def ask() -> Delta:
-        stream = engine.submit(Request("a", (5, 6), greedy(200)))
-        await anext(stream)
-        await asyncio.get_running_loop().run_in_executor(None, engine.stop)
-        return (await read(stream))[-1]
+def test_requests_are_refused_at_once(engine: AsyncEngine) -> None:
+    async def ask(request: Request) -> None:
+        engine.submit(request)
 
-    assert asyncio.run(ask()).finish_reason == "abort"
+    for request, message in (
+        (
+            Request("a", tuple(range(3, 259)), greedy(5)),
+            "the prompt has 256 tokens, but context_length is 256",
+        ),
+        (Request("a", (5,), greedy(5, stop=("x",))), "stop strings need a tokenizer"),
+        (Request("a", (5,), greedy(5, stop_token_ids=(300,))), "outside the vocabulary of 300"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            asyncio.run(ask(request))
+    assert engine.stats().waiting == 0
+
+
+def test_logprobs_and_timings_come_through(engine: AsyncEngine) -> None:
+    async def ask() -> Completion:
+        request = Request("a", (5, 6, 7), greedy(6, logprobs=2))
+        return Completion.join(await read(engine.submit(request)))
+
+    answer = asyncio.run(ask())
+    assert answer.logprobs is not None
+    assert [entry.token_id for entry in answer.logprobs] == list(answer.token_ids)
+    assert all(len(entry.top) == 2 for entry in answer.logprobs)
+    assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in answer.logprobs)
+    assert answer.usage == Usage(3, 6, 0)
+    assert answer.timings is not None
+    assert 0 <= answer.timings.queue_s < 10
+    assert 0 < answer.timings.prefill_s < 10
+
+
+def test_stats_count(engine: AsyncEngine) -> None:
+    before = engine.stats()
+    engine._last_news -= 1000  # idle for long
+
+    async def ask() -> None:
+        streams = [engine.submit(Request(str(n), (5, 6, 7), greedy(200))) for n in range(6)]
+        now = engine.stats()  # whether or not the engine has heard of them
+        assert now.running + now.waiting == 6
+        assert now.last_step_age_s < 500
+        engine._last_news -= 1000
+        await anext(streams[0])
+        assert engine.stats().last_step_age_s < 500
+        assert not engine.flush_cache()
+        while engine.stats().running < 4:  # noqa: ASYNC110  # there is no event to wait for
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*map(read, streams))
+
+    asyncio.run(ask())
+    after = engine.stats()
+    assert after.generated_tokens - before.generated_tokens == 1200
+    assert after.prompt_tokens - before.prompt_tokens == 18
+    assert after.running == after.waiting == 0
+    assert after.steps > before.steps
+
+
+@pytest.fixture(params=["off", "on"])
+def limited(
+    request: pytest.FixtureRequest, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[AsyncEngine]:
+    """An engine that takes one request and lets one wait, to be stopped by the test."""
+    monkeypatch.setattr("pymllm_core.plugins.registry", None)
+    with started(toy, request.param, max_running_requests=1, max_queued_requests=1) as found:
+        yield found
+
+
+def test_a_full_queue_refuses_and_stopping_ends_streams(limited: AsyncEngine) -> None:
+    async def ask() -> list[Delta]:
+        streams = [limited.submit(Request(str(n), (5, 6), greedy(200))) for n in range(2)]
+        with pytest.raises(QueueFullError, match="1 requests are waiting, and max_queued_requests is 1"):
+            limited.submit(Request("2", (5, 6), greedy(5)))
+        await anext(streams[0])
+        await asyncio.get_running_loop().run_in_executor(None, limited.stop)
+        return [(await read(stream))[-1] for stream in streams]
+
+    assert [delta.finish_reason for delta in asyncio.run(ask())] == ["abort", "abort"]
+    assert limited.state == "stopped"
     with pytest.raises(EngineError, match="stopped"):
-        engine.submit(Request("b", (5, 6), greedy(5)))
+        limited.submit(Request("b", (5, 6), greedy(5)))
+    with pytest.raises(EngineError, match="stopped"):
+        limited.flush_cache()
+
+
+@pytest.fixture
+def speaking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[AsyncEngine, Engine]]:
+    """An engine with a tokenizer, whose streams make the text, and one that makes it itself."""
+    write_toy(tmp_path, tokenizer=True)
+    reference = make_engine(tmp_path)
+    monkeypatch.setattr("pymllm_core.plugins.registry", None)
+    with started(tmp_path, "off") as found:
+        yield found, reference
+
+
+def test_streams_make_the_text_that_the_engine_would(speaking: tuple[AsyncEngine, Engine]) -> None:
+    engine, reference = speaking
+    prompt = (5, 6, 7)
+    whole = complete(reference, [prompt], greedy(40))[0]
+    stops = whole.text[10:13]
+    cases = [
+        greedy(40),
+        greedy(40, skip_special_tokens=False),
+        greedy(40, stop_token_ids=(whole.token_ids[20],), skip_special_tokens=False),
+        greedy(40, stop=(stops,)),
+        SamplingParams(max_tokens=60, temperature=1.5, seed=7, skip_special_tokens=False),
+    ]
+
+    async def ask(params: SamplingParams, *, stream: bool, pause: float) -> Completion:
+        deltas = []
+        async for delta in engine.submit(Request("a", prompt, params, stream=stream)):
+            deltas.append(delta)
+            await asyncio.sleep(pause)
+        return Completion.join(deltas)
+
+    for params in cases:
+        expected = complete(reference, [prompt], params)[0]
+        for stream, pause in ((True, 0.0), (True, 0.02), (False, 0.0)):
+            found = asyncio.run(ask(params, stream=stream, pause=pause))
+            assert (found.text, found.token_ids) == (expected.text, expected.token_ids)
+            assert (found.finish_reason, found.matched_stop) == (
+                expected.finish_reason,
+                expected.matched_stop,
+            )
+    assert complete(reference, [prompt], cases[2])[0].finish_reason == "stop"
+    assert complete(reference, [prompt], cases[3])[0].text == whole.text[: whole.text.index(stops)]
+
+
+def test_a_tokenizer_that_raises_ends_its_request_only(
+    speaking: tuple[AsyncEngine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = speaking
+
+    def raises(*_: object) -> str:
+        raise ValueError("no such piece")
+
+    async def ask() -> tuple[list[Delta], list[Delta]]:
+        other = engine.submit(Request("b", (5, 6), greedy(20)))
+        monkeypatch.setattr(Detokenizer, "extend", raises)
+        broken = await read(engine.submit(Request("a", (5, 6), greedy(200))))
+        monkeypatch.undo()
+        return broken, await read(other)
+
+    broken, other = asyncio.run(ask())
+    assert [delta.finish_reason for delta in broken] == ["error"]
+    assert broken[0].error == "ValueError: no such piece"
+    assert other[-1].finish_reason == "length"
+    wait_until_idle(engine)
 
 
 def test_merged_deltas_lose_nothing() -> None:

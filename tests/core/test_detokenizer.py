@@ -103,6 +103,45 @@ def byte_ids(tokenizer: Any) -> dict[int, int]:
     return {byte: vocabulary[character] for byte, character in characters.items()}
 
 
+def in_groups(tokenizer: Any, tokens: list[int], sizes: list[int], **options: Any) -> str:
+    """What `extend` says when it gets the tokens in groups of these sizes, and the rest at the end."""
+    detokenizer = Detokenizer(tokenizer, stop=(), skip_special_tokens=False, **options)
+    said, at = [], 0
+    for size in sizes:
+        said.append(detokenizer.extend(tokens[at : at + size]))
+        at += size
+    return "".join([*said, detokenizer.extend(tokens[at:]), detokenizer.flush()])
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_groups_of_tokens_say_what_single_ones_do(tokenizer: Any, data: st.DataObject) -> None:
+    """Any tokens, and bytes that begin, go on and break off characters."""
+    ids = list(byte_ids(tokenizer).values())
+    broken = [byte_ids(tokenizer)[byte] for byte in (0x41, 0x80, 0xBF, 0xC3, 0xE4, 0xBD, 0xF0, 0x9F, 0xFF)]
+    some = st.one_of(
+        st.integers(3, len(tokenizer) - 1),
+        st.sampled_from(ids),
+        st.sampled_from(broken),
+        st.sampled_from(broken),
+    )
+    tokens = data.draw(st.lists(some, max_size=30))
+    sizes = data.draw(st.lists(st.integers(0, 6), max_size=12))
+    expected = "".join(pieces(tokenizer, tokens))
+    assert in_groups(tokenizer, tokens, sizes) == expected
+    assert in_groups(tokenizer, tokens, sizes, at_once=True) == expected
+
+
+def test_a_group_costs_hardly_more_than_a_token(tokenizer: Any) -> None:
+    counting = Counting(tokenizer)
+    detokenizer = Detokenizer(counting, stop=(), skip_special_tokens=False)  # type: ignore[arg-type]
+    tokens = tokenizer("the quick brown fox jumps over the lazy dog. " * 20)["input_ids"]
+    for at in range(0, len(tokens), 8):
+        detokenizer.extend(tokens[at : at + 8])
+    assert counting.calls == 2 * -(-len(tokens) // 8)
+    assert counting.most <= 9
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_comes_back(tokenizer: Any, text: str) -> None:
     tokens = tokenizer(text)["input_ids"]

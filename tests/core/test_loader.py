@@ -61,7 +61,7 @@ def test_a_broken_tokenizer_ends_the_loading_early(folder: Path, monkeypatch: py
             time.sleep(0.01)
         raise AssertionError("nobody told the loading")
 
-    monkeypatch.setattr(build, "_make_processor", broken)
+    monkeypatch.setattr(build, "load_processor", broken)
     monkeypatch.setattr(build, "load_weights", endless)
     assembly = assemble(Settings.of(str(folder), device="cpu"), registry_of(TOY))
     with pytest.raises(CheckpointError, match="the tokenizer is broken"):

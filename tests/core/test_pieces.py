@@ -13,6 +13,7 @@ from torch import Tensor
 from pymllm_core.engine import pieces
 from pymllm_core.engine.engine import Engine
 from pymllm_core.engine.pieces import Attend, AttentionSeam, Step
+from pymllm_core.output import Completion, Delta
 from pymllm_core.request import Request, SamplingParams
 from pymllm_core.testing.checkpoints import write_toy
 from pymllm_core.testing.engines import check_idle, complete, greedy, make_engine, prompts_of, run
@@ -77,7 +78,8 @@ def test_answers_do_not_depend_on_pieces(toy: Path, overlap: bool, radix: bool) 
             for one, two in zip(answer.logprobs or (), other.logprobs or (), strict=True):
                 assert abs(one.logprob - two.logprob) < 1e-4
     assert counter.replays > 10
-    assert len(counter.captures) == len(set(counter.captures)) >= 2
+    assert len(set(counter.captures)) >= 2
+    assert len(counter.captures) == len(engine.runner._pieces._replays)  # type: ignore[union-attr]
     check_idle(engine)
 
 
@@ -93,6 +95,7 @@ def test_a_size_is_captured_at_its_second_step(toy: Path) -> None:
 def test_what_does_not_fit_is_launched_as_ever(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows sampled than a piece has, and more tokens than the largest."""
     monkeypatch.setattr(pieces, "SIZES", (16, 32))
+    monkeypatch.setattr(pieces, "OUTPUTS", (4, 16))
     settings: dict[str, Any] = {"disable_radix_cache": True, "max_running_requests": 24}
     engine, counter = with_pieces(toy, **settings)
     many = prompts_of([2] * 20)
@@ -105,3 +108,29 @@ def test_what_does_not_fit_is_launched_as_ever(toy: Path, monkeypatch: pytest.Mo
         assert alone["long"].token_ids == expected[-1].token_ids
     # Decodes of up to 16 sequences are steps of few tokens, too, where there are no graphs for them.
     assert set(counter.captures) <= {16, 32}
+
+
+def test_a_prompt_among_many_decodes_is_replayed(toy: Path) -> None:
+    """Its step samples for all of them: other pieces than those of a prompt alone, with as many tokens."""
+    settings: dict[str, Any] = {"disable_radix_cache": True, "max_running_requests": 24}
+    engine, counter = with_pieces(toy, **settings)
+    prompts = prompts_of([2] * 20 + [12] * 3)
+    requests = [Request(str(n), tuple(prompt), greedy(20)) for n, prompt in enumerate(prompts)]
+    expected = complete(make_engine(toy, **settings), prompts, greedy(20))
+    found: dict[str, list[Delta]] = {request.id: [] for request in requests}
+    replays = []
+    for request in requests:
+        engine.add(request)
+        if len(request.token_ids) > 2 or request.id == "19":
+            before = counter.replays
+            for delta in engine.step():
+                found[delta.request_id].append(delta)
+            replays.append(counter.replays - before)
+    while engine.has_work:
+        for delta in engine.step():
+            found[delta.request_id].append(delta)
+    for request, answer in zip(requests, expected, strict=True):
+        assert Completion.join(found[request.id]).token_ids == answer.token_ids
+    # 40 tokens of twenty prompts, then 20, 21 and 22 decodes beside a prompt of 12: pieces of 48, 32, 48 and 48.
+    assert replays == [0, 0, 1, 1]
+    assert counter.captures[0] == 48

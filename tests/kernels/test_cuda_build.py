@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pymllm_kernels.cuda.decode_library import DIMS
+from pymllm_kernels.cuda.few_rows_library import FORMATS
 from pymllm_kernels.cuda.library import toolchain
 from pymllm_kernels.cutlass.tiles import tiles_for
 from pymllm_kernels.cutlass.toolchain import cutlass_toolchain
@@ -24,6 +25,9 @@ from pymllm_kernels.recipe import KernelBuildError
 ASKED = os.environ.get("PYMLLM_CUDA_BUILD", "")
 CAPABILITIES = ("8.0", "8.7", "8.9", "9.0")
 SMALLEST = ("8.7 64x128x128-32x64-3", "9.0 64x64x256-1x1-pingpong")
+
+FEW_ROWS = ("8.0:int8", "8.7:int4", "8.9:bfloat16", "9.0:int4_g32")
+"""Each format of weights and each device once: five seconds each."""
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,27 @@ def test_decode_attention_compiles(repository: Path, tmp_path: Path, capability:
     written = (repository / "docs" / "reference" / "cuda-kernels.md").read_text()
     for row in rows:
         assert f"| {capability} | `decode_attention` | {row['tile']} |" in written
+
+
+@pytest.mark.usefixtures("nvcc")
+def test_few_rows_compile(repository: Path, tmp_path: Path) -> None:
+    rows = compiled(repository, tmp_path, "--kernels", "few_rows", "--tiles", *FEW_ROWS)
+    assert [f"{row['capability']}:{row['tile']}" for row in rows] == list(FEW_ROWS)
+
+
+@pytest.mark.skipif(ASKED != "all", reason="takes minutes: PYMLLM_CUDA_BUILD=all asks for it")
+@pytest.mark.usefixtures("nvcc")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_few_rows_of_every_format_compile(repository: Path, tmp_path: Path, capability: str) -> None:
+    rows = compiled(repository, tmp_path, "--kernels", "few_rows", "--capabilities", capability)
+    assert [row["tile"] for row in rows] == [form.name for form in FORMATS]
+
+
+def test_written_table_has_every_format(repository: Path) -> None:
+    text = (repository / "docs" / "reference" / "cuda-kernels.md").read_text()
+    cells = [line.split(" | ") for line in text.splitlines() if "| `few_rows` |" in line]
+    wanted = [(capability, form.name) for capability in CAPABILITIES for form in FORMATS]
+    assert [(device[2:], tile.split(",")[0]) for device, _, tile, *_ in cells] == wanted
 
 
 def test_written_table_is_of_these_tiles(repository: Path) -> None:

@@ -190,7 +190,7 @@ class FakeStream:
         if reason:
             self.ended = True
             self.engine.running.pop(self.request.id, None)
-            delta = replace(delta, timings=Timings(0.001, 0.02, 0.5))
+            delta = delta._replace(timings=Timings(0.001, 0.02, 0.5))
         return delta
 
     async def aclose(self) -> None:

@@ -7,8 +7,10 @@ have a meaning. Each is skipped, by name, where what it needs is not there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import socket
@@ -67,7 +69,8 @@ class Program:
         self.log = log
         command = [sys.executable, "-m", "pymllm.server.launch", "--server.port", str(self.port), *flags]
         with log.open("w") as stderr:
-            self.process = subprocess.Popen(command, stderr=stderr, cwd=log.parent)
+            # A group of its own, which can be interrupted as a terminal does it: all of its processes at once.
+            self.process = subprocess.Popen(command, stderr=stderr, cwd=log.parent, start_new_session=True)
         self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
 
     def wait(self, status: int, seconds: float = 90.0) -> None:
@@ -83,9 +86,26 @@ class Program:
             time.sleep(0.02)
 
     def interrupt(self, seconds: float = 5.0) -> int:
-        """Send Ctrl-C; the exit code."""
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(seconds)
+        """Send Ctrl-C; the exit code. Nothing may be left behind."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        code = self.process.wait(seconds)
+        assert not self.members()
+        return code
+
+    def members(self):
+        """The living processes of the program's group."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+                if int(group) == self.process.pid and state != "Z":
+                    found.append(int(path.parent.name))
+        return found
+
+    def engine(self):
+        """The process id of an engine that has its own process."""
+        (pid,) = set(self.members()) - {self.process.pid}
+        return pid
 
     def stats(self):
         return self.client.get("/server_info").json()["stats"]
@@ -130,6 +150,28 @@ def tiny(tiny_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def apart(tiny_folder, tmp_path_factory):
+    """The same with the engine in a process of its own."""
+    flags = (*tiny_flags(tiny_folder), "--server.engine_process", "on", "--server.enable_metrics")
+    program = Program(tmp_path_factory.mktemp("log") / "log", *flags)
+    program.wait(200)
+    yield program
+    program.close()
+
+
+@pytest.fixture(params=["tiny", "apart"])
+def either(request):
+    """The tiny model's server, the engine on a thread or in a process."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["off", "on"])
+def own_process(request):
+    """Flags that decide where the engine runs."""
+    return ("--server.engine_process", request.param)
+
+
+@pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     require("pymllm", "pymllm_qwen3", "pymllm_demo")
     folder = Path(importlib.util.find_spec("pymllm_demo").origin).parent / "model"
@@ -155,8 +197,8 @@ def greedy(n=12):
     }
 
 
-def test_stream_and_whole_agree(tiny):
-    with openai_client(tiny) as client:
+def test_stream_and_whole_agree(either):
+    with openai_client(either) as client:
         whole = client.chat.completions.create(**greedy())
         chunks = list(
             client.chat.completions.create(**greedy(), stream=True, stream_options={"include_usage": True})
@@ -166,12 +208,12 @@ def test_stream_and_whole_agree(tiny):
     assert whole.choices[0].finish_reason == "length"
     assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens == 12
     assert whole.usage.prompt_tokens == chunks[-1].usage.prompt_tokens
-    assert tiny.client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    assert either.client.get("/v1/models").json()["data"][0]["id"] == "tiny"
 
 
-def test_async_client_concurrently(tiny):
+def test_async_client_concurrently(either):
     async def main():
-        async with openai.AsyncOpenAI(base_url=f"{tiny.url}/v1", api_key="x", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=f"{either.url}/v1", api_key="x", max_retries=0) as client:
             calls = [client.chat.completions.create(**greedy(4 + index)) for index in range(8)]
             return await asyncio.gather(*calls)
 
@@ -179,8 +221,8 @@ def test_async_client_concurrently(tiny):
     assert counts == [4, 5, 6, 7, 8, 9, 10, 11]
 
 
-def test_completions_logprobs_n_and_generate(tiny):
-    with openai_client(tiny) as client:
+def test_completions_logprobs_n_and_generate(either):
+    with openai_client(either) as client:
         answer = client.completions.create(
             model="tiny", prompt=["one two", "three"], n=2, seed=3, max_tokens=5, logprobs=2
         )
@@ -192,28 +234,28 @@ def test_completions_logprobs_n_and_generate(tiny):
         "input_ids": [1, 2, 3],
         "sampling_params": {"max_new_tokens": 3, "temperature": 0, "ignore_eos": True},
     }
-    generated = tiny.client.post("/generate", json=body).json()
+    generated = either.client.post("/generate", json=body).json()
     assert len(generated["output_token_ids"]) == 3
     assert generated["finished_reason"] == "length"
-    assert tiny.client.get("/health_generate").status_code == 200
-    assert tiny.client.get("/server_info").json()["plan"]["architecture"] == "Qwen3ForCausalLM"
-    assert tiny.client.get("/model_info").json()["model_type"] == "qwen3"
+    assert either.client.get("/health_generate").status_code == 200
+    assert either.client.get("/server_info").json()["plan"]["architecture"] == "Qwen3ForCausalLM"
+    assert either.client.get("/model_info").json()["model_type"] == "qwen3"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_leaving_aborts_within_a_second(tiny, stream):
-    tiny.wait_idle(10)
+def test_leaving_aborts_within_a_second(either, stream):
+    either.wait_idle(10)
     body = json.dumps(
         {"messages": HI, "max_tokens": 7000, "ignore_eos": True, "temperature": 0, "stream": stream}
     ).encode()
-    sock = socket.create_connection(("127.0.0.1", tiny.port))
+    sock = socket.create_connection(("127.0.0.1", either.port))
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     deadline = time.monotonic() + 5
-    while not tiny.stats()["running"]:
+    while not either.stats()["running"]:
         assert time.monotonic() < deadline
     sock.close()
-    tiny.wait_idle(1.0)
+    either.wait_idle(1.0)
 
 
 @pytest.mark.parametrize(
@@ -226,12 +268,12 @@ def test_leaving_aborts_within_a_second(tiny, stream):
         ({"prompt": "a", "logit_bias": {"151936": 1}}, None),
     ],
 )
-def test_bad_input_never_breaks_the_engine(tiny, body, param):
-    response = tiny.client.post("/v1/completions", json=body, timeout=60)
+def test_bad_input_never_breaks_the_engine(either, body, param):
+    response = either.client.post("/v1/completions", json=body, timeout=60)
     assert response.status_code in ((400,) if param else (200, 400)), response.text
     if param:
         assert response.json()["error"]["param"] == param
-    assert tiny.client.get("/health_generate").status_code == 200
+    assert either.client.get("/health_generate").status_code == 200
 
 
 def test_absurd_length_is_bounded_by_the_context(tiny):
@@ -244,8 +286,8 @@ def test_absurd_length_is_bounded_by_the_context(tiny):
     tiny.wait_idle(1.0)
 
 
-def test_interrupt_during_load(tiny_folder, tmp_path):
-    program = Program(tmp_path / "log", *tiny_flags(tiny_folder))
+def test_interrupt_during_load(tiny_folder, tmp_path, own_process):
+    program = Program(tmp_path / "log", *tiny_flags(tiny_folder), *own_process)
     try:
         program.wait(503)
         assert program.interrupt() == 0, program.log.read_text()
@@ -254,18 +296,69 @@ def test_interrupt_during_load(tiny_folder, tmp_path):
         program.close()
 
 
-def test_interrupt_during_a_stream(tiny_folder, tmp_path):
-    program = Program(tmp_path / "log", *tiny_flags(tiny_folder))
+def test_interrupt_during_a_stream(tiny_folder, tmp_path, own_process):
+    program = Program(tmp_path / "log", *tiny_flags(tiny_folder), *own_process)
     try:
         program.wait(200)
         body = {"messages": HI, "max_tokens": 7000, "ignore_eos": True, "stream": True}
         with program.client.stream("POST", "/v1/chat/completions", json=body) as response:
             lines = (line for line in response.iter_lines() if line)
             next(lines)
-            program.process.send_signal(signal.SIGINT)
+            os.killpg(program.process.pid, signal.SIGINT)
             assert list(lines)[-1] == "data: [DONE]"
         assert program.process.wait(6) == 0
+        assert not program.members()
         assert "Traceback" not in program.log.read_text()
+    finally:
+        program.close()
+
+
+def test_metrics_come_from_the_engines_process(apart):
+    before = apart.stats()
+    apart.client.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 3, "ignore_eos": True})
+    text = apart.client.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["pymllm:generation_tokens_total"]) == before["generated_tokens"] + 3
+    assert float(values["pymllm:num_requests_running"]) == 0
+    assert float(values["pymllm:engine_steps_total"]) > before["steps"]
+
+
+def test_an_engine_that_dies_is_told_to_all(tiny_folder, tmp_path):
+    program = Program(tmp_path / "log", *tiny_flags(tiny_folder), "--server.engine_process", "on")
+    try:
+        program.wait(200)
+        body = {"messages": HI, "max_tokens": 7000, "ignore_eos": True, "stream": True}
+        with program.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            os.kill(program.engine(), signal.SIGKILL)
+            *_, error, done = lines
+        assert done == "data: [DONE]"
+        assert "killed by SIGKILL" in json.loads(error.removeprefix("data: "))["error"]["message"]
+        health = program.client.get("/health")
+        assert (health.status_code, health.json()["state"]) == (503, "failed")
+        assert "killed by SIGKILL" in health.json()["reason"]
+        assert program.client.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+        assert program.interrupt() == 0
+        log = program.log.read_text()
+        assert (
+            "ERROR pymllm_core.engine.async_engine: the engine failed: the engine's process was killed" in log
+        )
+        assert "Traceback" not in log
+    finally:
+        program.close()
+
+
+def test_a_server_that_is_killed_takes_its_engine_along(tiny_folder, tmp_path):
+    program = Program(tmp_path / "log", *tiny_flags(tiny_folder), "--server.engine_process", "on")
+    try:
+        program.wait(200)
+        program.process.kill()
+        program.process.wait()
+        deadline = time.monotonic() + 8
+        while program.members():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
     finally:
         program.close()
 
@@ -280,13 +373,14 @@ def test_port_in_use(tiny, tmp_path):
         program.close()
 
 
-def test_unknown_model_ends_with_a_message(tmp_path):
+def test_unknown_model_ends_with_a_message(tmp_path, own_process):
     require("pymllm", "pymllm_qwen3")
-    program = Program(tmp_path / "log", "--server.model_path", str(tmp_path / "nothing"))
+    program = Program(tmp_path / "log", "--server.model_path", str(tmp_path / "nothing"), *own_process)
     try:
         assert program.process.wait(30) == 1
-        assert "Traceback" not in program.log.read_text()
-        assert "nothing" in program.log.read_text()
+        log = program.log.read_text()
+        assert "Traceback" not in log
+        assert f"loading failed: there is no model '{tmp_path / 'nothing'}'" in log
     finally:
         program.close()
 

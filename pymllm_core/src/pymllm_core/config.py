@@ -69,6 +69,9 @@ class ServerSettings(Section):
     stream_interval: int = Field(1, ge=1, description="tokens between two streamed deltas")
     stream_output: bool = Field(True, description="/generate streams new text; false: the text so far")
     # Backends
+    engine_process: Literal["auto", "on", "off"] = Field(
+        "auto", description="serve with the engine in a process of its own; auto: where the device is CUDA"
+    )
     base_gpu_id: int = Field(0, ge=0, description="CUDA device index")
     attention_backend: str = Field("auto", description="auto or a backend's name (see `pymllm plugins`)")
     gdn_decode_backend: str = Field("auto", description="for models with gated delta-net layers")
@@ -99,9 +102,9 @@ class ServerSettings(Section):
     disable_radix_cache: bool = Field(False, description="share no prefixes (chunk cache)")
     radix_cache_page_size: int = Field(16, ge=1, description="tokens in one KV page, the unit of sharing")
     enable_mamba_cache: bool = Field(False, description="for models with state-space layers")
-    enable_shared_queue: bool = Field(False, description="refused: the engine lives in the server's process")
+    enable_shared_queue: bool = Field(False, description="refused: no tensor crosses processes")
     tensor_transport_mode: Literal["default", "cuda_ipc", "cuda_ipc_pool"] = Field(
-        "default", description="others are refused: the engine lives in the server's process"
+        "default", description="others are refused: no tensor crosses processes"
     )
     cuda_ipc_pool_size_mb: int | None = Field(None, ge=1, description="refused with tensor_transport_mode")
     cuda_ipc_recycle_interval: float | None = Field(
@@ -122,10 +125,10 @@ class ServerSettings(Section):
                 "decode steps are fused kernels, and compiling would add minutes to the start",
             ),
             "torch_compile_max_bs": (self.torch_compile_max_bs, "enable_torch_compile is not offered"),
-            "enable_shared_queue": (self.enable_shared_queue, "the engine lives in the server's process"),
+            "enable_shared_queue": (self.enable_shared_queue, "no tensor crosses processes"),
             "tensor_transport_mode": (
                 self.tensor_transport_mode != "default",
-                "the engine lives in the server's process, so no tensor crosses processes",
+                "no tensor crosses processes",
             ),
             "cuda_ipc_pool_size_mb": (self.cuda_ipc_pool_size_mb, "no tensor crosses processes"),
             "cuda_ipc_recycle_interval": (self.cuda_ipc_recycle_interval, "no tensor crosses processes"),

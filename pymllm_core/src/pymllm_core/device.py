@@ -74,6 +74,17 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+# NVIDIA's driver, the one of Jetson, and that of the Windows Subsystem for Linux.
+_CUDA_DEVICES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg")
+
+
+def cuda_is_likely() -> bool:
+    """Whether there seems to be a CUDA device, told without torch; `describe_device` knows it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return any(Path(name).exists() for name in _CUDA_DEVICES)
+
+
 def describe_cpu() -> DeviceInfo:
     """The CPU as a device; `threads` is how many cores this process may run on."""
     total, available = memory_info()

@@ -226,7 +226,7 @@ class LLM:
                     del names[delta.request_id], self._queues[delta.request_id]
                 if delta.error is not None:
                     raise EngineError(delta.error)
-                yield replace(delta, request_id=name)
+                yield delta._replace(request_id=name)
         finally:
             for unique in names:
                 del self._queues[unique]

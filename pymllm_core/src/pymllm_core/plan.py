@@ -13,7 +13,8 @@ from typing import Any
 
 from pymllm_core.config import Settings
 from pymllm_core.device import DeviceInfo
-from pymllm_core.errors import MemoryPlanError
+from pymllm_core.errors import MemoryPlanError, RequestError
+from pymllm_core.request import Request
 from pymllm_core.select import Choice
 from pymllm_core.specs import (
     AttentionBackendSpec,
@@ -84,6 +85,35 @@ class Plan:
     memory: MemoryPlan
     limits: Limits
     notes: tuple[str, ...]
+
+    def check(self, request: Request) -> int:
+        """How many tokens the request may generate. Raises RequestError where its prompt cannot fit."""
+        limits, length = self.limits, len(request.token_ids)
+        for limit, flag in (
+            (limits.context_length, "context_length"),
+            (limits.max_total_tokens, "max_total_tokens"),
+        ):
+            if length >= limit:
+                raise RequestError(
+                    f"the prompt has {length} tokens, but {flag} is {limit} and at least one token must be "
+                    f"left for the answer; shorten the prompt or raise --server.{flag}",
+                    param="prompt",
+                    code="context_length_exceeded",
+                )
+        params, vocab = request.params, self.vocab_size
+        if params.max_tokens is not None and params.max_tokens > limits.context_length:
+            raise RequestError(
+                f"max_tokens is {params.max_tokens}, but context_length is {limits.context_length}; lower it",
+                param="max_tokens",
+            )
+        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            for token in tokens:
+                if not 0 <= token < vocab:
+                    raise RequestError(
+                        f"{name} names token {token}, outside the vocabulary of {vocab}", param=name
+                    )
+        room = min(limits.context_length, limits.max_total_tokens) - length
+        return min(params.max_tokens or room, room)
 
     def to_json(self) -> dict[str, Any]:
         """For ``pymllm plan --json`` and ``/server_info``; holds no secrets."""

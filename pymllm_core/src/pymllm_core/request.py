@@ -100,7 +100,8 @@ class Request:
     token_ids: the prompt. key_ids: what the prefix cache compares instead, same length; an image's
     placeholder tokens carry numbers derived from its content there. cache_namespace: requests of
     different namespaces never share pages (adapters, tenants). stream: whether tokens are wanted as they
-    come; where not, the only delta is the last.
+    come; where not, the only delta is the last. detokenize: whether deltas have text, without which there are no
+    stop strings.
     """
 
     id: str
@@ -109,6 +110,7 @@ class Request:
     key_ids: tuple[int, ...] | None = None
     cache_namespace: str = ""
     stream: bool = True
+    detokenize: bool = True
     arrival: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -116,3 +118,5 @@ class Request:
             raise RequestError("the prompt is empty; send at least one token", param="prompt")
         if self.key_ids is not None and len(self.key_ids) != len(self.token_ids):
             raise RequestError("key_ids and token_ids differ in length", param="prompt")
+        if self.params.stop and not self.detokenize:
+            raise RequestError("stop strings are found in text only; leave detokenize on", param="stop")

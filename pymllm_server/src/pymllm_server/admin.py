@@ -19,7 +19,7 @@ from pymllm_server.state import ServerState, state_of
 from pymllm_server.stream import json_response
 
 
-def require_admin(http: Request) -> None:
+async def require_admin(http: Request) -> None:
     """Raise ApiError (403) where an administrator's key is set and the request came with another."""
     if not http.state.is_admin:
         raise ApiError(403, "this route needs the administrator's key", code="admin_key_required")

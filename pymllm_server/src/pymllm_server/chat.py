@@ -111,6 +111,8 @@ async def _events(run: _Chat) -> AsyncGenerator[bytes, None]:
     pending: list[list[TokenLogprob]] = [[] for _ in run.assemblers]
 
     def chunk(index: int, delta: dict[str, Any], finish: str | None = None) -> bytes:
+        if delta.keys() == {"content"} and not (finish or continuous or pending[index]):
+            return writer.content(index, delta["content"])
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
         if pending[index]:
             # Logprobs of text that a parser held back travel with the next chunk.
@@ -118,6 +120,7 @@ async def _events(run: _Chat) -> AsyncGenerator[bytes, None]:
             pending[index] = []
         return writer.chunk(choice, run.usage() if continuous else None)
 
+    unfinished, end = len(run.assemblers), b""
     yield b"".join(chunk(index, {"role": "assistant", "content": ""}) for index in range(len(run.assemblers)))
     async for index, delta in run.generation.deltas():
         assembler = run.assemblers[index]
@@ -126,10 +129,14 @@ async def _events(run: _Chat) -> AsyncGenerator[bytes, None]:
         chunks = [chunk(index, part) for part in assembler.feed(delta)]
         if delta.finish_reason is not None:
             chunks.append(chunk(index, {}, assembler.finish_reason(delta)))
-        if chunks:
+            unfinished -= 1
+        if not unfinished:
+            end = b"".join(chunks)  # what comes after it comes at once
+        elif chunks:
             yield b"".join(chunks)
     if include_usage:
-        yield writer.chunk(None, run.usage())
+        end += writer.chunk(None, run.usage())
+    yield end
 
 
 async def _whole(run: _Chat) -> dict[str, Any]:

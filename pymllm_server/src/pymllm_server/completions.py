@@ -112,9 +112,14 @@ async def _events(run: _Completion) -> AsyncGenerator[bytes, None]:
         "text_completion", run.generation.id, run.created, run.body.model, usage_null=include_usage
     )
     echoes = list(run.echoes)
+    unfinished, end = len(echoes), b""
     async for index, delta in run.generation.deltas():
         run.tally.note(index, delta.usage)
         text, echoes[index] = echoes[index] + delta.text, ""
+        if not (delta.logprobs or delta.finish_reason or continuous):
+            if text:
+                yield writer.text(index, text)
+            continue
         if not (text or delta.logprobs or delta.finish_reason):
             continue
         choice = {
@@ -123,9 +128,15 @@ async def _events(run: _Completion) -> AsyncGenerator[bytes, None]:
             "logprobs": run.logprobs[index].items(delta.logprobs) if delta.logprobs else None,
             "finish_reason": delta.finish_reason,
         }
-        yield writer.chunk(choice, run.tally.usage() if continuous else None)
+        event = writer.chunk(choice, run.tally.usage() if continuous else None)
+        unfinished -= delta.finish_reason is not None
+        if unfinished:
+            yield event
+        else:
+            end = event  # what comes after it comes at once
     if include_usage:
-        yield writer.chunk(None, run.tally.usage())
+        end += writer.chunk(None, run.tally.usage())
+    yield end
 
 
 async def _whole(run: _Completion) -> dict[str, Any]:

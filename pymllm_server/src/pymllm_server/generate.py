@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from pymllm_core.request import SamplingParams
 from pymllm_server.body import JsonRoute
 from pymllm_server.errors import ApiError
 from pymllm_server.fields import ignored_header
-from pymllm_server.generation import Generation, rid_in_use
+from pymllm_server.generation import Generation, new_id, rid_in_use
 from pymllm_server.interface import Processor
 from pymllm_server.sampling import off_loop, sampling_params
 from pymllm_server.schemas import MAX_CHOICES, GenerateBody
@@ -52,9 +51,7 @@ async def generate(
         for rid in rids:
             if rid in state.in_flight:
                 raise rid_in_use(rid)
-    generation = Generation(
-        state, rids[0] if single else uuid.uuid4().hex, requests, stream=bool(body.stream)
-    )
+    generation = Generation(state, rids[0] if single else new_id(), requests, stream=bool(body.stream))
     answers = [_Answer(rid, state) for rid in rids]
     headers = ignored_header(ignored)
     if body.stream:
@@ -81,7 +78,7 @@ def _prompts(body: GenerateBody) -> tuple[list[Any], bool]:
 
 def _rids(given: str | list[str] | None, count: int, single: bool) -> list[str]:
     if given is None:
-        return [uuid.uuid4().hex for _ in range(count)]
+        return [new_id() for _ in range(count)]
     rids = [given] if isinstance(given, str) else given
     if isinstance(given, str) != single or len(rids) != count or len(set(rids)) != count:
         raise ApiError(400, "rid must be one string for one prompt, or as many different ones", param="rid")

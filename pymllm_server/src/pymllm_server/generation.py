@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
+import random
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
@@ -15,9 +15,9 @@ from pymllm_server.interface import Stream
 from pymllm_server.state import ServerState
 
 
-def new_id(prefix: str) -> str:
-    """An id as OpenAI's: a prefix and 24 hexadecimal digits."""
-    return prefix + uuid.uuid4().hex[:24]
+def new_id(prefix: str = "") -> str:
+    """An id as OpenAI's: a prefix and 24 hexadecimal digits. Unique, not secret: that would cost a system call."""
+    return f"{prefix}{random.getrandbits(96):024x}"
 
 
 def rid_in_use(rid: str) -> ApiError:
@@ -54,19 +54,23 @@ class Generation:
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """Every delta with its choice's index, as they come. Raises where the engine failed a request."""
-        source = self._single() if len(self._streams) == 1 else self._merged()
-        async for index, delta in source:
-            if delta.finish_reason is not None:
-                self._state.finished(delta)
-                if delta.finish_reason == "error":
-                    raise EngineError(delta.error or "the engine failed this request")
-                if delta.finish_reason == "abort" and self._state.closing:
-                    raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if len(self._streams) == 1:
+            async for delta in self._streams[0]:
+                self._check(delta)
+                yield 0, delta
+            return
+        async for index, delta in self._merged():
+            self._check(delta)
             yield index, delta
 
-    async def _single(self) -> AsyncIterator[tuple[int, Delta]]:
-        async for delta in self._streams[0]:
-            yield 0, delta
+    def _check(self, delta: Delta) -> None:
+        if delta.finish_reason is None:
+            return
+        self._state.finished(delta)
+        if delta.finish_reason == "error":
+            raise EngineError(delta.error or "the engine failed this request")
+        if delta.finish_reason == "abort" and self._state.closing:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
 
     async def _merged(self) -> AsyncIterator[tuple[int, Delta]]:
         # Bounded, so that a client that reads slowly does not fill memory from here.

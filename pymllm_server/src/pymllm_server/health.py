@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
@@ -11,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pymllm_server.errors import ApiError
-from pymllm_server.generation import Generation
+from pymllm_server.generation import Generation, new_id
 from pymllm_server.metrics import CONTENT_TYPE
 from pymllm_server.state import ServerState, state_of
 from pymllm_server.stream import answer, collect, json_response
@@ -38,7 +37,7 @@ async def health_generate(http: Request, state: State) -> Response:
     processor = state.engine.processor
     params = processor.sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
     # Token 0 exists in each vocabulary, and a model without tokenizer can be probed too.
-    request = processor.from_ids([0], params, request_id=f"health-{uuid.uuid4().hex}")
+    request = processor.from_ids([0], params, request_id=new_id("health-"))
     generation = Generation(state, request.id, [request], stream=False)
     try:
         work = collect(http, generation, _one_token(generation))

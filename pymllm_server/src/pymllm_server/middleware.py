@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import random
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -44,7 +44,7 @@ class RequestContext:
         # Here rather than in uvicorn, which would expect proxies to have removed the prefix already.
         scope["root_path"] = self.root_path
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.monotonic()
         status = 0

@@ -137,7 +137,7 @@ class ServerState:
         return not self._stopping.is_alive()
 
 
-def state_of(http: Request) -> ServerState:
-    """The app's state, as a dependency."""
+async def state_of(http: Request) -> ServerState:
+    """The app's state, as a dependency. FastAPI would run a plain function on a thread, for every request."""
     state: ServerState = http.app.state.server
     return state

@@ -33,12 +33,21 @@ class ChunkWriter:
         shared = {"id": answer_id, "object": kind, "created": created, "model": model}
         self._head = f'data: {dumps(shared)[:-1]},"choices":['
         self._tail = '],"usage":null}\n\n' if usage_null else "]}\n\n"
+        self._text_tail = f',"logprobs":null,"finish_reason":null}}{self._tail}'
 
     def chunk(self, choice: Mapping[str, Any] | None, usage: Mapping[str, int | Any] | None = None) -> bytes:
         """A chunk with one choice, or with none."""
         text = dumps(choice) if choice is not None else ""
         tail = f'],"usage":{dumps(usage)}}}\n\n' if usage is not None else self._tail
         return f"{self._head}{text}{tail}".encode()
+
+    def text(self, index: int, text: str) -> bytes:
+        """The chunk of most tokens of a completion: a choice with nothing but text."""
+        return f'{self._head}{{"index":{index},"text":{dumps(text)}{self._text_tail}'.encode()
+
+    def content(self, index: int, text: str) -> bytes:
+        """The same for a chat: a ``delta`` with nothing but content."""
+        return f'{self._head}{{"index":{index},"delta":{{"content":{dumps(text)}}}{self._text_tail}'.encode()
 
 
 async def _disconnected(receive: Receive) -> None:

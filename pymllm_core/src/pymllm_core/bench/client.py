@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from pymllm_core.bench.workload import Ask, arrivals
+from pymllm_core.bench.workload import Ask
 
 
 @dataclass(slots=True)
@@ -143,20 +143,23 @@ class LoadClient:
         return outcomes
 
     async def opened(
-        self, asks: Sequence[Ask], rate: float, seed: int, ended: Callable[[], None] = lambda: None
+        self,
+        asks: Sequence[Ask],
+        after: Sequence[float],
+        start: float,
+        ended: Callable[[], None] = lambda: None,
     ) -> list[Outcome]:
-        """Send requests at the times of a Poisson process, however many are under way."""
+        """Send each request `after` so many seconds from `start`, however many are under way."""
 
         async def one(ask: Ask, due: float) -> Outcome:
             outcome = await self.ask(ask, due)
             ended()
             return outcome
 
-        start = time.perf_counter()
         tasks = []
-        for ask, after in zip(asks, arrivals(rate, seed), strict=False):
-            await asyncio.sleep(max(start + after - time.perf_counter(), 0))
-            tasks.append(asyncio.create_task(one(ask, start + after)))
+        for ask, due in zip(asks, after, strict=True):
+            await asyncio.sleep(max(start + due - time.perf_counter(), 0))
+            tasks.append(asyncio.create_task(one(ask, start + due)))
         return list(await asyncio.gather(*tasks))
 
 

@@ -63,6 +63,7 @@ def report(outcomes: Sequence[Outcome], objectives: Mapping[str, float]) -> dict
         "input_throughput": inputs / duration,
         "output_throughput": outputs / duration,
         "total_throughput": (inputs + outputs) / duration,
+        "tokens_per_piece": outputs / max(sum(len(o.pieces) for o in good), 1),
         "slo": dict(objectives) or None,
         "goodput": None if within is None else within / duration,
         "goodput_share": None if within is None else within / len(outcomes),

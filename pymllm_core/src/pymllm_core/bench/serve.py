@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from pymllm_core.bench.client import LoadClient, Outcome
+from pymllm_core.bench.crowd import Crowd, Share
 from pymllm_core.bench.load_report import report
 from pymllm_core.bench.record import append_row, provenance
-from pymllm_core.bench.workload import VOCAB_SIZE, Ask, Range, file_asks, random_asks
+from pymllm_core.bench.workload import VOCAB_SIZE, Ask, Range, arrivals, file_asks, random_asks
 from pymllm_core.errors import EngineError
+
+ASKS_A_PROCESS = 8
+"""Requests under way, or arriving a second, for which one client process is enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +53,18 @@ class ServeOptions:
     slo: Mapping[str, float]
     extra_body: Mapping[str, Any]
     timeout: float
+    processes: int | None
     seed: int
     run_name: str
     result_filename: Path
     command: str
+
+    def processes_of(self, load: Load) -> int:
+        """How many client processes a load gets; each more than it has requests at once would have none."""
+        if self.processes is not None:
+            return min(self.processes, load.concurrency or self.processes)
+        busy = ceil((load.concurrency or load.rate or 1) / ASKS_A_PROCESS)
+        return max(1, min(busy, len(os.sched_getaffinity(0)) // 2))
 
     def asks(self, count: int, seed: int, server: Mapping[str, Any] | None) -> list[Ask]:
         """That many requests for a server that says this of itself."""
@@ -72,23 +87,20 @@ async def measure(
     warm = options.asks(options.warmup, options.seed - 1, server)
     common = {"model": model, "temperature": options.temperature, **options.extra_body}
     origin = provenance(options.command)
-    async with LoadClient(
-        options.url, api_key=options.api_key, timeout=options.timeout, common=common
-    ) as client:
-        failed = [o.error for o in await client.closed(warm, options.warmup) if o.error is not None]
+    share = partial(Share, options.url, options.api_key, options.timeout, common)
+    with Crowd(max(map(options.processes_of, options.loads))) as crowd:
+        outcomes, _ = await crowd.send(share(tuple(warm), options.warmup), 1, lambda: None)
+        failed = [o.error for o in outcomes if o.error is not None]
         if failed and len(failed) == len(warm):
             raise EngineError(f"no warm-up request was answered: {failed[0]}")
         for index, load in enumerate(options.loads):
             begun(load)
             # Other prompts for each load, or the later ones would hit the server's prefix cache.
             seed = options.seed + index
-            asks = options.asks(options.num_requests, seed, server)
-            cpu = time.process_time()
-            if load.rate is None:
-                assert load.concurrency is not None
-                outcomes = await client.closed(asks, load.concurrency, ended)
-            else:
-                outcomes = await client.opened(asks, load.rate, seed, ended)
+            asks = tuple(options.asks(options.num_requests, seed, server))
+            after = () if load.rate is None else tuple(islice(arrivals(load.rate, seed), len(asks)))
+            count = min(options.processes_of(load), len(asks))
+            outcomes, seconds = await crowd.send(share(asks, load.concurrency, after), count, ended)
             measured = report(outcomes, options.slo)
             row = {
                 "run_name": options.run_name,
@@ -102,7 +114,8 @@ async def measure(
                 "temperature": options.temperature,
                 "seed": seed,
                 **measured,
-                "client_cpu_share": (time.process_time() - cpu) / measured["duration"],
+                "client_processes": count,
+                "client_cpu_share": max(seconds) / measured["duration"],
                 "server": server,
                 **origin,
             }

@@ -69,6 +69,11 @@ class ServeCommand(click.Command):
 @click.option(
     "--timeout", type=click.FloatRange(min=1), default=600.0, show_default=True, help="Seconds without news."
 )
+@click.option(
+    "--processes",
+    type=_positive,
+    help="Client processes. [default: one for each 8 requests at once or a second, on half of the cores at most]",
+)
 @click.option("--seed", type=int, default=42, show_default=True, help="Of prompts, lengths and arrivals.")
 @click.option("--run-name", default="default", show_default=True, help="Names the run in its rows.")
 @click.option(
@@ -124,6 +129,7 @@ def _options(flags: dict[str, Any]) -> ServeOptions:
         slo=parse_objectives(flags["slo"]),
         extra_body=extra,
         timeout=flags["timeout"],
+        processes=flags["processes"],
         seed=flags["seed"],
         run_name=flags["run_name"],
         result_filename=flags["result_filename"] or Path(tempfile.gettempdir()) / RESULT_NAME,
@@ -193,4 +199,5 @@ def _remarks(row: dict[str, Any]) -> Iterator[str]:
     for error, count in row["errors"].items():
         yield f"  {count} failed: {error}"
     if row["client_cpu_share"] > 0.8:
-        yield f"  the client itself used {row['client_cpu_share']:.0%} of a core: these latencies may be its own"
+        used = f"{row['client_cpu_share']:.0%} of a core"
+        yield f"  a client process used {used}: these latencies may be its own; raise --processes"

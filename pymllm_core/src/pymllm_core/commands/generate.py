@@ -99,6 +99,6 @@ def _as_json(settings: Settings, deltas: list[Delta]) -> dict[str, Any]:
         "text": "".join(delta.text for delta in deltas),
         "token_ids": [token for delta in deltas for token in delta.token_ids],
         "finish_reason": last.finish_reason,
-        "usage": dataclasses.asdict(last.usage),
+        "usage": last.usage._asdict(),
         "timings": dataclasses.asdict(last.timings) if last.timings else None,
     }

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from pymllm_core.engine.graphs import graph_sizes
 from pymllm_core.engine.headers import read_json
 from pymllm_core.engine.loader import load_weights
 from pymllm_core.engine.model_graph import make_graph
-from pymllm_core.engine.processor import Processor, load_tokenizer
+from pymllm_core.engine.processor import load_processor
 from pymllm_core.engine.runner import Runner, RunnerConfig
 from pymllm_core.engine.scheduler import Scheduler, SchedulerLimits
 from pymllm_core.engine.status import Progress, ProgressCallback
@@ -175,7 +174,7 @@ def build_engine(
         overlap = device.type == "cuda"
     # Beside the weights, which come from the disk or are made on the device.
     executor = ThreadPoolExecutor(1, thread_name_prefix="pymllm-tokenizer")
-    reading = executor.submit(_make_processor, assembly)
+    reading = executor.submit(load_processor, plan)
     executor.shutdown(wait=False)
 
     def watched(now: Progress) -> None:
@@ -249,18 +248,6 @@ def build_engine(
         ),
     )
     return Engine(plan, processor, scheduler, runner, overlap=overlap)
-
-
-def _make_processor(assembly: Assembly) -> Processor:
-    plan, server = assembly.plan, assembly.plan.settings.server
-    folder = plan.model_path
-    if server.tokenizer_path is not None and server.tokenizer_path != server.model_path:
-        folder = Path(server.tokenizer_path).expanduser()
-        if not folder.is_dir():
-            options = SourceOptions(download_dir=server.download_dir, weights=False)
-            folder = resolve_model(server.tokenizer_path, plugins.registry(), options)
-    tokenizer = load_tokenizer(folder, server, plan.model.spec.tokenizer)
-    return Processor(plan, tokenizer, assembly.config)
 
 
 def _graph_sizes(plan: Plan, builder: Builder, attention: AttentionBackend) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,6 +61,22 @@ class Detokenizer:
             self._window.append(token)
             return "", None
         return self._until_stop(self._decode(token))
+
+    def extend(self, tokens: Sequence[int]) -> str:
+        """Text that is now certain after all of `tokens`, which costs hardly more than one. Not with stop strings."""
+        assert not self._stops
+        if self._at_once:
+            self._window += tokens
+            return ""
+        if len(tokens) > 1:
+            text = self._text([*self._window, *tokens])
+            if not text.endswith("\ufffd"):
+                news = text[self._shown :]
+                self._window, self._prefix = [tokens[-1]], 1
+                self._shown = len(self._text(self._window))
+                return news
+        # What of an undecided end is text, only each token tells.
+        return "".join(self._decode(token) for token in tokens)
 
     def flush(self) -> str:
         """What was held back, at the end; the rest of an incomplete character is dropped."""

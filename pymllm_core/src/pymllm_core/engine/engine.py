@@ -34,17 +34,18 @@ class _Output:
         sequence = self.sequence
         wanted = sequence.request.params.logprobs is not None
         delta = Delta(
-            request_id=sequence.request.id,
-            text="".join(self.text),
-            token_ids=tuple(self.tokens),
-            usage=sequence.usage,
-            finish_reason=reason,
-            matched_stop=matched,
-            logprobs=tuple(self.logprobs) if wanted else None,
-            error=error,
-            timings=sequence.timings if reason else None,
+            sequence.request.id,
+            "".join(self.text),
+            tuple(self.tokens),
+            sequence.usage,
+            reason,
+            matched,
+            tuple(self.logprobs) if wanted else None,
+            error,
+            sequence.timings if reason else None,
         )
-        self.text, self.tokens, self.logprobs = [], [], []
+        for said in (self.text, self.tokens, self.logprobs):
+            said.clear()
         return delta
 
 
@@ -75,45 +76,16 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._in_flight is not None
 
-    def check(self, request: Request) -> int:
-        """How many tokens the request may generate. Raises RequestError where its prompt cannot fit."""
-        limits, length = self.plan.limits, len(request.token_ids)
-        for limit, flag in (
-            (limits.context_length, "context_length"),
-            (limits.max_total_tokens, "max_total_tokens"),
-        ):
-            if length >= limit:
-                raise RequestError(
-                    f"the prompt has {length} tokens, but {flag} is {limit} and at least one token must be "
-                    f"left for the answer; shorten the prompt or raise --server.{flag}",
-                    param="prompt",
-                    code="context_length_exceeded",
-                )
-        params, vocab = request.params, self.plan.vocab_size
-        if params.max_tokens is not None and params.max_tokens > limits.context_length:
-            raise RequestError(
-                f"max_tokens is {params.max_tokens}, but context_length is {limits.context_length}; lower it",
-                param="max_tokens",
-            )
-        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-            for token in tokens:
-                if not 0 <= token < vocab:
-                    raise RequestError(
-                        f"{name} names token {token}, outside the vocabulary of {vocab}", param=name
-                    )
-        room = min(limits.context_length, limits.max_total_tokens) - length
-        return min(params.max_tokens or room, room)
-
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError, or QueueFullError where the queue has a limit."""
         if request.id in self._outputs:
             raise RequestError(f"a request with id {request.id!r} is running already", param="rid")
-        max_tokens = self.check(request)
+        max_tokens = self.plan.check(request)
         sequence = Sequence(
             request,
             max_tokens=max_tokens,
             seed=self._seed(request),
-            detokenizer=self.processor.detokenizer(request),
+            detokenizer=self.processor.detokenizer(request) if request.detokenize else None,
         )
         if not self.has_work:
             # An idle engine has not stalled: its next step is due from now on.
@@ -182,7 +154,8 @@ class Engine:
     def _commit(self, sampled: list[Sampled]) -> list[Delta]:
         deltas = []
         interval = self.plan.settings.server.stream_interval
-        for sequence, token, logprob in ((s.sequence, s.token, s.logprob) for s in sampled):
+        for one in sampled:
+            sequence, token, logprob = one.sequence, one.token, one.logprob
             if not self.scheduler.commit(sequence, token):
                 continue
             self._generated_tokens += 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -23,8 +24,11 @@ from pymllm_core.protocols.model import Model
 MAX_TOKENS = 2048
 """Longer steps keep a GPU busy for longer than the host needs to launch them."""
 
-MAX_OUTPUTS = 16
-"""Rows of which logits are computed, at most; a step that samples more is launched operator by operator."""
+OUTPUTS = (16, 64)
+"""Numbers of rows of which logits are computed; a step that samples more is launched operator by operator.
+
+A prompt that comes while many sequences decode makes a step that samples for all of them.
+"""
 
 SIZES = (*range(16, 64, 16), *range(64, 512, 64), *range(512, 1024, 128), *range(1024, MAX_TOKENS + 1, 256))
 """Numbers of tokens: at most a fifth of a step is padding from 256 tokens on."""
@@ -42,7 +46,7 @@ class Capture(Protocol):
 
 
 class PieceGraphs:
-    """The captured pieces of one model, captured when a number of tokens comes for the second time."""
+    """The captured pieces of one model, captured when numbers of tokens and outputs come for the second time."""
 
     def __init__(
         self,
@@ -60,16 +64,16 @@ class PieceGraphs:
         self.sizes = [size for size in SIZES if size <= max_tokens]
         self._model, self._attention, self._spare = model, attention, spare_slot
         self._num_heads, self._dtype, self._device = num_heads, dtype, device
-        # A number of rows that decodes have, too, so that no kernel is compiled for the first prompt.
-        self._max_outputs = min(MAX_OUTPUTS, max_rows)
+        # Numbers of rows that decodes have, too, so that no kernel is compiled for the first prompt.
+        self._outputs = sorted({min(outputs, max_rows) for outputs in OUTPUTS})
         self._capture = capture or CudaPieces(device)
-        self._seen: Counter[int] = Counter()
-        self._replays: dict[int, Callable[[Attend], Tensor]] = {}
+        self._seen: Counter[tuple[int, int]] = Counter()
+        self._replays: dict[tuple[int, int], Callable[[Attend], Tensor]] = {}
         largest = self.sizes[-1] if self.sizes else 0
         self._ids = torch.zeros(largest, dtype=torch.int64, device=device)
         self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
         self._slots = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._rows = torch.zeros(self._max_outputs, dtype=torch.int64, device=device)
+        self._rows = torch.zeros(self._outputs[-1], dtype=torch.int64, device=device)
         self._out = torch.empty(0)
 
     def run(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor | None:
@@ -80,11 +84,12 @@ class PieceGraphs:
         tokens = len(input_ids)
         rows = ctx.output_rows
         outputs = tokens if rows is None else len(rows)
-        if not 0 < outputs <= self._max_outputs or not self.sizes or tokens > self.sizes[-1]:
+        if not 0 < outputs <= self._outputs[-1] or not self.sizes or tokens > self.sizes[-1]:
             return None
         size = self.sizes[bisect.bisect_left(self.sizes, tokens)]
-        self._seen[size] += 1
-        if self._seen[size] == 1:
+        count = self._outputs[bisect.bisect_left(self._outputs, outputs)]
+        self._seen[size, count] += 1
+        if self._seen[size, count] == 1:
             return None  # compiles its kernels, and may be the only one of its size
         for buffer, values, padding in (
             (self._ids, input_ids, 0),
@@ -94,23 +99,24 @@ class PieceGraphs:
             buffer[:tokens] = values
             buffer[tokens:size] = padding
         self._rows[:outputs] = torch.arange(tokens, device=self._device) if rows is None else rows
-        self._rows[outputs:] = 0
+        self._rows[outputs:count] = 0
         if not self._out.numel():
             kv = ctx.kv[0].k
             self._out = torch.zeros(
                 (self.sizes[-1], self._num_heads, kv.shape[-1]), dtype=self._dtype, device=self._device
             )
         out = self._out[:size]
-        if size not in self._replays:
-            self._replays[size] = self._capture(lambda attention: self._step(attention, ctx, size), out)
+        if (size, count) not in self._replays:
+            step = partial(self._step, ctx=ctx, size=size, outputs=count)
+            self._replays[size, count] = self._capture(step, out)
 
         def attend(q: Tensor, kv: LayerKV) -> Tensor:
             out[:tokens] = self._attention.attend(q[:tokens], kv, ctx)
             return out
 
-        return self._replays[size](attend)[:outputs]
+        return self._replays[size, count](attend)[:outputs]
 
-    def _step(self, attention: AttentionBackend, ctx: ForwardContext, size: int) -> Tensor:
+    def _step(self, attention: AttentionBackend, ctx: ForwardContext, size: int, outputs: int) -> Tensor:
         """The whole pass over the standing buffers; of `ctx` it takes the cache alone."""
         standing = ForwardContext(
             positions=self._positions[:size],
@@ -124,7 +130,7 @@ class PieceGraphs:
             page_size=ctx.page_size,
             kv=ctx.kv,
             attention=attention,
-            output_rows=self._rows,
+            output_rows=self._rows[:outputs],
         )
         return self._model.logits(self._model.forward(self._ids[:size], standing))
 

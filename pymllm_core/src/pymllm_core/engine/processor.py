@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pymllm_core import plugins
+from pymllm_core.builtin.sources import resolve_model
 from pymllm_core.config import ServerSettings
 from pymllm_core.engine.detokenizer import Detokenizer
 from pymllm_core.engine.headers import read_json
 from pymllm_core.errors import CheckpointError, RequestError
 from pymllm_core.plan import Plan
 from pymllm_core.protocols.parser import ReasoningParser, ToolCallParser
+from pymllm_core.protocols.source import SourceOptions
 from pymllm_core.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -193,6 +196,19 @@ class Processor:
                 param="prompt",
             )
         return self.tokenizer
+
+
+def load_processor(plan: Plan) -> Processor:
+    """The processor of the plan's model. Raises CheckpointError where its tokenizer cannot be loaded."""
+    server = plan.settings.server
+    folder = plan.model_path
+    if server.tokenizer_path is not None and server.tokenizer_path != server.model_path:
+        folder = Path(server.tokenizer_path).expanduser()
+        if not folder.is_dir():
+            options = SourceOptions(download_dir=server.download_dir, weights=False)
+            folder = resolve_model(server.tokenizer_path, plugins.registry(), options)
+    config = read_json(plan.model_path / "config.json")
+    return Processor(plan, load_tokenizer(folder, server, plan.model.spec.tokenizer), config)
 
 
 def load_tokenizer(

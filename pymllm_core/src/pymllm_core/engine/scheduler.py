@@ -135,12 +135,14 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, count: int) -> bool:
         """Give `sequence` pages for `count` more tokens; False where it was itself preempted."""
         need = self.pool.pages_for(sequence.num_computed + count) - len(sequence.pages)
+        if need <= 0:
+            return True
         while not self._make_free(need):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.pages += self.pool.take(max(need, 0))
+        sequence.pages += self.pool.take(need)
         return True
 
     def _make_free(self, pages: int) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -122,6 +123,16 @@ def recipes(capability: Capability, dtypes: Iterable[torch.dtype]) -> list[Recip
     return [recipe(form, capability) for form in FORMATS] if torch.bfloat16 in dtypes else []
 
 
+@contextmanager
+def _stream(device: torch.device) -> Iterator[int | None]:
+    """The current stream of a device, which is current meanwhile. None for a CPU, on which a test emulates one."""
+    if device.type != "cuda":
+        yield None
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
 class FewRows:
     """The kernels of one format, for tensors of one CUDA device."""
 
@@ -158,8 +169,7 @@ class FewRows:
         arguments.x, arguments.x_stride = x.data_ptr(), x.stride(0) * x.element_size()
         if norm is not None:
             arguments.norm, arguments.eps = norm[0].data_ptr(), norm[1]
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream(x.device).cuda_stream
+        with _stream(x.device) as stream:
             if not plan.staged and (norm is not None or self.format.weights == "int8"):
                 codes = self.format.weights == "int8"
                 ready = torch.empty((m, k), dtype=torch.int8 if codes else x.dtype, device=x.device)
@@ -189,7 +199,7 @@ class FewRows:
         """Fill wide [rows, K] bfloat16 with the dequantised rows of an int4 weight from `first` on."""
         rows, k = wide.shape
         assert operand.scale is not None
-        with torch.cuda.device(wide.device):
+        with _stream(wide.device) as stream:
             status = self._widen(
                 operand.weight.data_ptr(),
                 operand.scale.data_ptr(),
@@ -200,7 +210,7 @@ class FewRows:
                 rows,
                 operand.n,
                 k,
-                torch.cuda.current_stream(wide.device).cuda_stream,
+                stream,
             )
         self._expect_success("dequantisation", rows, operand.n, k, status)
 

@@ -58,6 +58,13 @@ def tiles_plan(rows: int, n: int, k: int, sms: int, *, gated: bool, normed: bool
     return Plan(row_tiles, _warps(k // UNIT[weights], limit), staged)
 
 
+def most_warps(rows: int, row_tiles: int, weights: str) -> int:
+    """Warps that a block of csrc/cuda/few_rows.cu may have; 0 where no such kernel is compiled."""
+    if weights == "int4" and row_tiles == 4:
+        return 4 if rows <= 8 else 8 if rows <= 16 else 0
+    return 12 if row_tiles == 1 and rows <= 8 else 8
+
+
 def _warps(units: int, limit: int) -> int:
     """As many as leave none idle in the last round."""
     return ceil_div(units, ceil_div(units, limit))

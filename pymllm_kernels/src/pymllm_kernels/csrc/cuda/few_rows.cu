@@ -1,4 +1,4 @@
-// Linear nodes of few rows: y = act(norm(x) · W^T + bias) + residual for up to 64 rows of x, one launch.
+// Linear nodes of few rows: y = act(norm(x) · W^T + bias) + residual for up to 32 rows of x, one launch.
 //
 // Bound by reading W, so everything serves that: every weight travels once, 16 bytes a lane, from global memory
 // straight into the registers in which the tensor cores want it. No shared memory and no barrier is in the way
@@ -13,9 +13,9 @@
 // The warps of a block take units of the same rows in turn; their sums are added in shared memory at the end.
 //
 // int4: word j (of 4) that lane t holds of unit u are the codes of columns 128 u + 32 j + 8 t + (0..7), lowest
-// first (`cuda/weights.py` packs them). `(word >> 4 i) & 0x000f000f | 0x43004300` are the bfloat16 numbers 128 +
-// code of the columns i and i + 4, from which 128 + 8 + zero point is subtracted, exactly; x is put in the same
-// order by byte permutations. Scales multiply sums of a group in float32.
+// first (`to_tiles` in cuda/few_rows.py packs them). `(word >> 4 i) & 0x000f000f | 0x43004300` are the bfloat16
+// numbers 128 + code of the columns i and i + 4; x is put in the same order by byte permutations. The 128 + 8 + zero
+// point that is too much leaves the sums of a group, which its scale multiplies in float32.
 
 #include "few_rows.h"
 #if PYMLLM_FORMAT == 2
@@ -31,9 +31,8 @@ namespace {
 // What a code and its zero point are offset by is not subtracted from every weight, but once from a group's sums: times
 // the sum of x, which the tensor cores find as the product with a row of ones.
 template <int ROW_TILES, int X_TILES>
-__device__ __forceinline__ void multiply_codes(float (&sums)[ROW_TILES][X_TILES][4], const uint4 (&weights)[ROW_TILES][2],
-                                               const std::uint32_t (&constants)[ROW_TILES][2][PARTS],
-                                               const uint4 (&x)[X_TILES][4]) {
+DEVICE void multiply_codes(float (&sums)[ROW_TILES][X_TILES][4], const uint4 (&weights)[ROW_TILES][2],
+                           const std::uint32_t (&constants)[ROW_TILES][2][PARTS], const uint4 (&x)[X_TILES][4]) {
   constexpr int EACH = 4 / PARTS;  // words that share a scale
   constexpr std::uint32_t ONES = 0x3f803f80u;
   float group[ROW_TILES][X_TILES][4], x_sums[X_TILES][4];
@@ -78,16 +77,17 @@ __device__ __forceinline__ void multiply_codes(float (&sums)[ROW_TILES][X_TILES]
 }
 
 // Few enough that several blocks find registers on a multiprocessor: one computes while another waits.
-__host__ __device__ constexpr int max_warps(int x_tiles, int row_tiles) {
+HOST_DEVICE constexpr int max_warps(int x_tiles, int row_tiles) {
   return x_tiles > 1 || row_tiles == 2 ? 8 : row_tiles == 1 ? 12 : FORMAT == 2 ? 4 : 8;
 }
 
-__host__ __device__ constexpr int least_blocks(int x_tiles, int row_tiles) {
+HOST_DEVICE constexpr int least_blocks(int x_tiles, int row_tiles) {
   return x_tiles > 1 ? 1 : FORMAT == 2 && row_tiles == 4 ? 3 : 2;
 }
 
 // Units that a warp has on their way: as many as the registers hold.
-__host__ __device__ constexpr int rounds_ahead(int row_tiles, bool staged) {
+HOST_DEVICE constexpr int rounds_ahead(int x_tiles, int row_tiles, bool staged) {
+  if (PARTS == 4 && x_tiles == 4) return 1;  // a second one would spill 216 bytes
   if (FORMAT == 2) return (row_tiles == 4 || (row_tiles == 1 && !staged) ? 2 : 3) - (PARTS > 1 ? 1 : 0);
   return row_tiles == 4 || (row_tiles == 2 && FORMAT == 1) ? 2 : 4;
 }
@@ -98,12 +98,12 @@ template <int X_TILES, int ROW_TILES, bool GATED, bool STAGED>
 __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_blocks(X_TILES, ROW_TILES))
     few_rows_kernel(const __grid_constant__ FewRowsArguments a) {
   // Units of weights on their way for each warp.
-  constexpr int AHEAD = rounds_ahead(ROW_TILES, STAGED);
+  constexpr int AHEAD = rounds_ahead(X_TILES, ROW_TILES, STAGED);
   constexpr int X_AHEAD = STAGED || FORMAT == 2 ? 1 : AHEAD;
   constexpr int WIDTH = 16 * ROW_TILES, RESULTS = GATED ? WIDTH / 2 : WIDTH;
   // 4 more than the rows of W, so that the lanes of a warp write to 32 banks.
   constexpr int STRIDE = WIDTH + 4;
-  extern __shared__ __align__(16) char smem[];
+  PYMLLM_SHARED(smem);
   launch_dependents();
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int m = static_cast<int>(a.m), n = static_cast<int>(a.n), k = static_cast<int>(a.k), units = k / UNIT;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
 
   const Layout at = layout_of(k, STAGED ? m : 0, a.norm != nullptr);
   if (STAGED) fetch_gain(smem, at, a.norm, k);
-  wait_for_prerequisites();
+  wait_for_previous();
   if constexpr (STAGED) stage(smem, at, static_cast<const char*>(a.x), a.x_stride, m, k, a.norm, a.eps);
 
   uint4 x[X_AHEAD][X_TILES][X_LOADS];
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
         const int row = 8 * c + 2 * t + i % 2;
         if (row < m) all[(warp * m + row) * STRIDE + 16 * r + 8 * (i / 2) + g] = sums[r][c][i];
       }
-  __syncthreads();
+  sync_block();
   const auto add_up = [&](int row, int place) {
     Sum sum = 0;
     for (int w = 0; w < warps; w++) sum += all[(w * m + row) * STRIDE + place];
@@ -249,12 +249,12 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
 
 // One row of x a block, normed and quantised once for all blocks of the product that follows.
 __global__ void prepare_kernel(const __grid_constant__ FewRowsArguments a, char* out, float* scales) {
-  extern __shared__ __align__(16) char smem[];
+  PYMLLM_SHARED(smem);
   launch_dependents();
   const int k = static_cast<int>(a.k), row = blockIdx.x;
   const Layout at = layout_of(k, 1, a.norm != nullptr);
   fetch_gain(smem, at, a.norm, k);
-  wait_for_prerequisites();
+  wait_for_previous();
   stage(smem, at, static_cast<const char*>(a.x) + row * a.x_stride, 0, 1, k, a.norm, a.eps);
   for (int chunk = threadIdx.x; chunk < k * X_BYTES / 16; chunk += blockDim.x)
     reinterpret_cast<uint4*>(out + static_cast<std::int64_t>(row) * k * X_BYTES)[chunk] =
@@ -262,16 +262,19 @@ __global__ void prepare_kernel(const __grid_constant__ FewRowsArguments a, char*
   if (FORMAT == 1 && threadIdx.x == 0) scales[row] = reinterpret_cast<const float*>(smem + at.scales)[0];
 }
 
+int shared_bytes(const FewRowsArguments& a) {
+  const int m = static_cast<int>(a.m);
+  return layout_of(static_cast<int>(a.k), a.staged ? m : 0, a.norm != nullptr).sums +
+         a.warps * m * (16 * a.row_tiles + 4) * 4;
+}
+
 template <int X_TILES, int ROW_TILES, bool GATED, bool STAGED>
 int run(const FewRowsArguments& a, cudaStream_t stream) {
   if (a.warps > max_warps(X_TILES, ROW_TILES)) return kShape;
-  const int results = (GATED ? 8 : 16) * ROW_TILES, m = static_cast<int>(a.m);
-  const std::int64_t tiles = (a.n + results - 1) / results;
-  const Layout at = layout_of(static_cast<int>(a.k), STAGED ? m : 0, a.norm != nullptr);
-  const int shared = at.sums + a.warps * m * (16 * ROW_TILES + 4) * 4;
-  return launch(few_rows_kernel<X_TILES, ROW_TILES, GATED, STAGED>,
-                dim3(static_cast<unsigned>(tiles)), 32 * a.warps, shared, a.pdl != 0, stream,
-                a);
+  constexpr int RESULTS = (GATED ? 8 : 16) * ROW_TILES;
+  const std::int64_t tiles = (a.n + RESULTS - 1) / RESULTS;
+  return launch(few_rows_kernel<X_TILES, ROW_TILES, GATED, STAGED>, dim3(static_cast<unsigned>(tiles)), 32 * a.warps,
+                shared_bytes(a), a.pdl != 0, stream, a);
 }
 
 template <int X_TILES, bool STAGED>
@@ -304,6 +307,9 @@ PYMLLM_EXPORT int pymllm_few_rows(const FewRowsArguments* a, void* stream) {
   if (a->m <= 32) return choose<4, false>(*a, on);
   return kShape;
 }
+
+// Bytes of shared memory of a block, by m, k, norm, staged, row_tiles and warps, where `ahead` is 0.
+PYMLLM_EXPORT int pymllm_few_rows_shared_memory(const FewRowsArguments* a) { return shared_bytes(*a); }
 
 // norm(x), quantised where weights are int8, to out [M, K] and scales [M]; of `a`: m, k, x, x_stride, norm, eps, pdl.
 PYMLLM_EXPORT int pymllm_few_rows_prepare(const FewRowsArguments* a, void* out, float* scales, void* stream) {

@@ -2,8 +2,11 @@
 
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
+#ifdef PYMLLM_EMULATED
+#include "emulated_stream.h"
+#else
+#include "stream.h"
+#endif
 
 #include <cstddef>
 #include <cstdint>
@@ -16,9 +19,7 @@
 #define PYMLLM_PARTS 1  // int4: scales that a row of a unit has; groups have 128 / PARTS columns, or whole units
 #endif
 
-#define PYMLLM_EXPORT extern "C" __attribute__((visibility("default")))
-
-// Mirrored by `_Arguments` in cuda/few_rows.py.
+// Mirrored by `Arguments` in cuda/few_rows_library.py.
 struct FewRowsArguments {
   std::int64_t m, n, k;     // rows of x; results of a row; columns
   const void* x;            // [M, K] bfloat16, or int8 codes where x_scale is given
@@ -45,8 +46,7 @@ struct FewRowsArguments {
   std::int32_t pdl;
 };
 
-// Mirrored by `_ERRORS` there. A CUDA error e is returned as 1000 + e.
-enum FewRowsError : int { kOk = 0, kShape = 1, kCuda = 1000 };
+constexpr int kShape = 1;  // returned where no kernel takes the arguments; `launch` says the rest
 
 namespace {
 
@@ -58,66 +58,8 @@ constexpr int X_BYTES = FORMAT == 1 ? 1 : 2;
 constexpr int MAX_STAGED = 8;
 using Sum = typename std::conditional<FORMAT == 1, int, float>::type;
 
-__device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_prerequisites() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Volatile, so that no load moves behind the wait; read once, so that the first-level cache is left alone.
-__device__ __forceinline__ uint4 load_once(const void* from) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
-
-// What another kernel wrote: not through the read-only path.
-__device__ __forceinline__ uint4 load_shared_with_others(const void* from) {
-  uint4 value;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
-
-__device__ __forceinline__ std::uint32_t load_word_once(const void* from) {
-  std::uint32_t value;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
-  return value;
-}
-
-__device__ __forceinline__ void multiply(float (&sum)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                                         std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void multiply(int (&sum)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                                         std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ __nv_bfloat162 as_pair(std::uint32_t bits) {
-  return *reinterpret_cast<__nv_bfloat162*>(&bits);
-}
-
-__device__ __forceinline__ std::uint32_t as_bits(__nv_bfloat162 pair) {
-  return *reinterpret_cast<std::uint32_t*>(&pair);
-}
-
 // Eight bfloat16 numbers as float32.
-__device__ __forceinline__ void widen(const uint4& bits, float (&to)[8]) {
+DEVICE void widen(const uint4& bits, float (&to)[8]) {
   const std::uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -127,14 +69,12 @@ __device__ __forceinline__ void widen(const uint4& bits, float (&to)[8]) {
 }
 
 // 128 + code of the columns (i, i + 4), i = 0..3, of a word of eight codes, in bfloat16.
-__device__ __forceinline__ void bias_codes(std::uint32_t word, std::uint32_t (&to)[4]) {
+DEVICE void bias_codes(std::uint32_t word, std::uint32_t (&to)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    // (word >> 4 i) & 0x000f000f | 0x43004300
-    asm("lop3.b32 %0, %1, 0x000f000f, 0x43004300, 0xea;" : "=r"(to[i]) : "r"(word >> (4 * i)));
+  for (int i = 0; i < 4; i++) to[i] = and_or<0x000f000f, 0x43004300>(word >> (4 * i));
 }
 
-__host__ __device__ constexpr int row_bytes(int k) {
+HOST_DEVICE constexpr int row_bytes(int k) {
   // Rows 64 bytes past a multiple of 128, so that two of them lie in different banks.
   return k * X_BYTES + ((k * X_BYTES / 64) % 2 == 0 ? 64 : 0);
 }
@@ -144,7 +84,7 @@ struct Layout {
   int raw, gain, scales, sums, total;
 };
 
-__host__ __device__ inline Layout layout_of(int k, int rows, bool norm) {
+HOST_DEVICE Layout layout_of(int k, int rows, bool norm) {
   const bool staged = rows > 0;
   Layout at;
   at.raw = rows * row_bytes(k);
@@ -160,8 +100,8 @@ __host__ __device__ inline Layout layout_of(int k, int rows, bool norm) {
 // A row's codes do not change when the row is scaled, so the norm's factor enters the scale only (as in
 // triton/quantize.py). Where nothing is quantised the normed row is rounded before the norm's weight multiplies
 // it, as `nn.ops.rms_norm` defines.
-__device__ __forceinline__ void stage(char* smem, const Layout& at, const char* x, std::int64_t stride, int rows, int k,
-                                      const void* norm, float eps) {
+DEVICE void stage(char* smem, const Layout& at, const char* x, std::int64_t stride, int rows, int k, const void* norm,
+                  float eps) {
   const int threads = blockDim.x, warps = threads / 32, thread = threadIdx.x, chunks = k / 8;
   const uint4* gain = reinterpret_cast<const uint4*>(smem + at.gain);
   char* raw = FORMAT == 1 ? smem + at.raw : smem;
@@ -195,8 +135,8 @@ __device__ __forceinline__ void stage(char* smem, const Layout& at, const char* 
     if (FORMAT == 1 || norm != nullptr) {
 #pragma unroll
       for (int lane = 16; lane > 0; lane /= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, lane);
-        if (FORMAT == 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, lane));
+        sum += across(sum, lane);
+        if (FORMAT == 1) top = fmaxf(top, across(top, lane));
       }
       if (thread % 32 == 0) {
         parts[thread / 32 * MAX_STAGED + row] = sum;
@@ -205,7 +145,7 @@ __device__ __forceinline__ void stage(char* smem, const Layout& at, const char* 
     }
   }
   if (FORMAT == 1 || norm != nullptr) {
-    __syncthreads();
+    sync_block();
     float* scales = reinterpret_cast<float*>(smem + at.scales);
     for (int row = 0; row < rows; row++) {
       float sum = 0.0f, top = 0.0f;
@@ -213,7 +153,7 @@ __device__ __forceinline__ void stage(char* smem, const Layout& at, const char* 
         sum += parts[warp * MAX_STAGED + row];
         if (FORMAT == 1) top = fmaxf(top, parts[(32 + warp) * MAX_STAGED + row]);
       }
-      const float rms_inverse = norm == nullptr ? 1.0f : rsqrtf(sum / k + eps);
+      const float rms_inverse = norm == nullptr ? 1.0f : inverse_root(sum / k + eps);
       // As torch does it, in two steps: ties are decided by the last bit.
       const float factor = __fmul_rn(__fdiv_rn(1.0f, top > 0.0f ? top : 1.0f), 127.0f);
       if (FORMAT == 1 && thread == 0) scales[row] = __fmul_rn(__fdiv_rn(top, 127.0f), rms_inverse);
@@ -236,21 +176,19 @@ __device__ __forceinline__ void stage(char* smem, const Layout& at, const char* 
           std::uint32_t words[4];
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            const __nv_bfloat162 normed =
-                __floats2bfloat162_rn(value[2 * i] * rms_inverse, value[2 * i + 1] * rms_inverse);
-            words[i] = as_bits(__floats2bfloat162_rn(__low2float(normed) * weight[2 * i],
-                                                     __high2float(normed) * weight[2 * i + 1]));
+            const float2 normed = rounded_pair(value[2 * i] * rms_inverse, value[2 * i + 1] * rms_inverse);
+            words[i] = pack(normed.x * weight[2 * i], normed.y * weight[2 * i + 1]);
           }
           *reinterpret_cast<uint4*>(at_chunk) = make_uint4(words[0], words[1], words[2], words[3]);
         }
       }
     }
   }
-  __syncthreads();
+  sync_block();
 }
 
 // The norm's weight is no other kernel's work: it is fetched before the wait, each thread what it will read.
-__device__ __forceinline__ void fetch_gain(char* smem, const Layout& at, const void* norm, int k) {
+DEVICE void fetch_gain(char* smem, const Layout& at, const void* norm, int k) {
   if (norm == nullptr) return;
   for (int chunk = threadIdx.x; chunk < k / 8; chunk += blockDim.x)
     *reinterpret_cast<uint4*>(smem + at.gain + 16 * chunk) = load_once(static_cast<const char*>(norm) + 16 * chunk);
@@ -263,7 +201,7 @@ struct Ending {
   float scale = 1.0f, up_scale = 1.0f, bias = 0.0f, up_bias = 0.0f, residual = 0.0f;
 
   // index: of the results of a block, which has those from column `first` on, `width` of each row.
-  __device__ Ending(const FewRowsArguments& a, int first, int width, int index)
+  DEVICE Ending(const FewRowsArguments& a, int first, int width, int index)
       : row(index / width), column(first + index % width) {
     const int n = static_cast<int>(a.n);
     if (row >= a.m || column >= n) {
@@ -280,10 +218,10 @@ struct Ending {
       if (GATED) up_bias = a.bias[n + column];
     }
     if (a.residual != nullptr)
-      residual = __bfloat162float(static_cast<const __nv_bfloat16*>(a.residual)[row * a.residual_stride + column]);
+      residual = from_bfloat16(static_cast<const std::uint16_t*>(a.residual)[row * a.residual_stride + column]);
   }
 
-  __device__ void write(const FewRowsArguments& a, float x_scale, Sum sum, Sum up_sum) const {
+  DEVICE void write(const FewRowsArguments& a, float x_scale, Sum sum, Sum up_sum) const {
     if (column < 0) return;
     const auto widened = [&](Sum product, float weight_scale) {
       const float wide = static_cast<float>(product);
@@ -296,29 +234,8 @@ struct Ending {
     if (a.out_float)
       static_cast<float*>(a.out)[to] = y;
     else
-      static_cast<__nv_bfloat16*>(a.out)[to] = __float2bfloat16_rn(y);
+      static_cast<std::uint16_t*>(a.out)[to] = to_bfloat16(y);
   }
 };
-
-template <typename... Parameters>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, bool pdl, cudaStream_t stream,
-           Parameters... arguments) {
-  if (shared > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return kCuda + error;
-  }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = pdl ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  return error == cudaSuccess ? kOk : kCuda + error;
-}
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace {
 template <int ROWS, bool GATED, int AHEAD>
 __global__ void __launch_bounds__(256) one_row_kernel(const __grid_constant__ FewRowsArguments a) {
   constexpr int MATRICES = GATED ? 2 : 1;
-  extern __shared__ __align__(16) char smem[];
+  PYMLLM_SHARED(smem);
   launch_dependents();
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int n = static_cast<int>(a.n), k = static_cast<int>(a.k), bytes = k * X_BYTES;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(256) one_row_kernel(const __grid_constant__ Fe
 
   const Layout at = layout_of(k, 1, a.norm != nullptr);
   fetch_gain(smem, at, a.norm, k);
-  wait_for_prerequisites();
+  wait_for_previous();
   stage(smem, at, static_cast<const char*>(a.x), 0, 1, k, a.norm, a.eps);
   const float x_scale = FORMAT == 1 ? reinterpret_cast<const float*>(smem + at.scales)[0] : 1.0f;
 
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(256) one_row_kernel(const __grid_constant__ Fe
       for (int r = 0; r < ROWS; r++) {
         Sum sum = sums[up][r];
 #pragma unroll
-        for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+        for (int apart = 16; apart > 0; apart /= 2) sum += across(sum, apart);
         if (lane == r) mine[up] = sum;
       }
     ending.write(a, x_scale, mine[0], mine[MATRICES - 1]);

@@ -1,5 +1,5 @@
-// What the decode attention asks of the hardware, each in one function: a test replaces this file by an emulation
-// on the CPU (tests/kernels/emulated_cuda.h) and runs the very same kernel.
+// What kernels ask of the hardware, each in one function: tests replace this file by an emulation on the CPU
+// (tests/kernels/emulated_cuda.h) and run the very same kernels.
 //
 // PYMLLM_HALF: the type of 16-bit numbers, 0 for bfloat16, 1 for float16. Fragments of mma, ldmatrix and movmatrix:
 // PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "ldmatrix", "movmatrix".

@@ -25,13 +25,13 @@ __global__ void widen_kernel(const char* words, const std::uint32_t* constants, 
   for (int j = 0; j < 4; j++) {
     const int group = PARTS == 1 ? unit / units_per_group : unit * PARTS + j * PARTS / 4;
     const std::uint32_t both = constants[(tile * groups + group) * 16 + place % 16];
-    const __nv_bfloat162 scale = as_pair(__byte_perm(both, 0, 0x1010));
-    const __nv_bfloat162 minus_offset = as_pair(__byte_perm(both, 0, 0x3232));
+    const std::uint32_t scale = __byte_perm(both, 0, 0x1010);
+    const std::uint32_t minus_offset = __byte_perm(both, 0, 0x3232);
     std::uint32_t codes[4], value[4];
     bias_codes(word[j], codes);
     // The difference is exact.
 #pragma unroll
-    for (int i = 0; i < 4; i++) value[i] = as_bits(__hmul2(__hadd2(as_pair(codes[i]), minus_offset), scale));
+    for (int i = 0; i < 4; i++) value[i] = multiply_pair(add_pair(codes[i], minus_offset), scale);
     // (0, 4) (1, 5) (2, 6) (3, 7) to (0, 1) (2, 3) (4, 5) (6, 7)
     *reinterpret_cast<uint4*>(to + 64 * j) =
         make_uint4(__byte_perm(value[0], value[1], 0x5410), __byte_perm(value[2], value[3], 0x5410),

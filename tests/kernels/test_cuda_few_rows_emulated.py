@@ -1,0 +1,384 @@
+"""The linear nodes of few rows in CUDA C++ without a GPU: their own sources, compiled by g++, against float64.
+
+`emulated_cuda.h` and `emulated_stream.h` stand for the hardware. On a GPU `test_cuda_few_rows.py` runs the same
+products, and larger ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from few_rows_support import BF16, EPS, F32, NODES, check, own_product, randint, weights
+from torch import Tensor
+from triton_support import randn
+
+from pymllm_core.nn import quant_ops
+from pymllm_kernels.cuda import few_rows
+from pymllm_kernels.cuda.few_rows import CudaW4A16, CudaW8A8
+from pymllm_kernels.cuda.few_rows_library import (
+    FORMATS,
+    UNIT,
+    Arguments,
+    FewRows,
+    FewRowsError,
+    Format,
+    Operand,
+    Plan,
+)
+from pymllm_kernels.cuda.few_rows_plan import most_warps, one_row_plan, tiles_plan
+from pymllm_kernels.triton.launch import LEAST_SHARED
+
+CPU = torch.device("cpu")
+HERE = Path(__file__).parent
+SOURCES = Path(few_rows.__file__).parent.parent / "csrc" / "cuda"
+NAN = float("nan")
+
+
+class Emulation:
+    """The libraries of all formats, compiled when they are first asked for."""
+
+    def __init__(self, folder: Path, compiler: str) -> None:
+        self._folder, self._compiler = folder, compiler
+        self._libraries: dict[Format, ctypes.CDLL] = {}
+
+    def library(self, form: Format) -> ctypes.CDLL:
+        if form not in self._libraries:
+            target = self._folder / f"{form.name}.so"
+            macros = (f"-DPYMLLM_FORMAT={list(UNIT).index(form.weights)}", f"-DPYMLLM_PARTS={form.parts}")
+            flags = (
+                "-std=c++17",
+                "-O1",
+                "-ffp-contract=off",
+                "-fPIC",
+                "-shared",
+                "-Wno-unknown-pragmas",
+                "-fno-gnu-unique",
+            )
+            places = (f"-I{SOURCES}", f"-I{HERE}", "-DPYMLLM_EMULATED")
+            source = SOURCES / "few_rows.cu"
+            command = (self._compiler, *flags, *macros, *places, "-x", "c++", source, "-o", target)
+            subprocess.run(command, check=True)
+            self._libraries[form] = library = ctypes.CDLL(str(target))
+            library.emulated_allows.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+            library.emulated_arrives.argtypes = [ctypes.c_int, *(ctypes.c_void_p,) * 2, ctypes.c_size_t]
+        self._libraries[form].emulated_clear()
+        return self._libraries[form]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulation]:
+    """The nodes get the emulation on the CPU, where their other kernels are Triton's."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the emulation with")
+    made = Emulation(tmp_path_factory.mktemp("emulation"), compiler)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(few_rows, "kernels_for", lambda weight, form: FewRows(made.library(form), form))
+    patch.setattr(few_rows, "why_not_here", lambda capability, dtype: "emulated")
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    yield made
+    patch.undo()
+
+
+@pytest.mark.parametrize("form", list(UNIT))
+@pytest.mark.parametrize("rows", [1, 2, 7, 8])
+@pytest.mark.parametrize("staged", [True, False])
+def test_up_to_eight_rows(form: str, rows: int, staged: bool) -> None:
+    """Norm, bias and residual; units that warps take in several rounds; a last tile that is not full."""
+    k = 9 * UNIT[form]
+    check(form, rows, 19, k, seed=rows, norm=True, residual=True, plan=Plan(1, 2, staged), device=CPU)
+    check(
+        form,
+        rows,
+        19,
+        k,
+        seed=rows,
+        gated=True,
+        bias=True,
+        out_dtype=F32,
+        plan=Plan(2, 3, staged),
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize("form", list(UNIT))
+@pytest.mark.parametrize("rows", [9, 16, 17, 31, 32])
+def test_more_rows(form: str, rows: int) -> None:
+    k = 5 * UNIT[form]
+    plan = Plan(2, 2, staged=False)
+    check(form, rows, 17, k, seed=rows, norm=True, gated=True, plan=plan, device=CPU)
+    check(form, rows, 33, k, seed=rows, residual=True, out_dtype=F32, plan=plan, device=CPU)
+
+
+TILES = [Plan(r, w, staged) for r, w in ((1, 1), (1, 12), (2, 8), (4, 4)) for staged in (True, False)]
+
+
+@pytest.mark.parametrize("plan", TILES, ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_every_size_of_tiles(form: Format, plan: Plan) -> None:
+    """One tile of rows of x and, from global memory, two and four."""
+    for rows in (3,) if plan.staged else (3, 12, 27):
+        if (form.weights, plan.row_tiles) == ("int4", 4) and rows > 16:
+            continue  # not compiled
+        if plan.warps > 8 and rows > 8:
+            continue
+        one = functools.partial(
+            check, form.weights, rows, norm=True, group=128 // form.parts, plan=plan, device=CPU
+        )
+        if plan.row_tiles > 1:
+            one(35, 640, gated=True, zero_points=True)
+        one(70, 640, residual=True)
+
+
+ONE_ROW = [
+    Plan(row_tiles, warps, True, ahead, blocks)
+    for row_tiles, ahead in ((1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (2, 8), (4, 2), (4, 4))
+    for warps, blocks in ((1, 3), (8, 999))
+]
+
+
+@pytest.mark.parametrize("plan", ONE_ROW, ids=str)
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+def test_one_row(form: str, plan: Plan) -> None:
+    """Rows that are no multiple of 512 bytes, results that the last warp has no more of, blocks in turn."""
+    check(form, 1, 51, 1088, norm=True, residual=True, plan=plan, device=CPU)
+    check(form, 1, 21, 2112, gated=True, bias=True, out_dtype=F32, plan=plan, device=CPU)
+    few = check(form, 1, 45, 64, plan=plan, device=CPU)
+    other = Plan(plan.row_tiles, plan.warps, True, plan.ahead, 1)
+    assert torch.equal(few, check(form, 1, 45, 64, plan=other, device=CPU))
+
+
+@pytest.mark.parametrize("rows", [1, 6, 20])
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 512])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_groups(rows: int, group: int, zero_points: bool) -> None:
+    check("int4", rows, 72, 1024, group=group, zero_points=zero_points, norm=True, device=CPU)
+    check("int4", rows, 40, 512, group=group, zero_points=zero_points, gated=True, residual=True, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("form", "rows"),
+    [
+        ("bfloat16", 2),
+        ("bfloat16", 8),
+        *(("int8", r) for r in (1, 2, 8)),
+        *(("int4", r) for r in (1, 8, 9, 33, 64)),
+    ],
+)
+def test_what_the_nodes_choose(form: str, rows: int) -> None:
+    check(form, rows, 40, 256, norm=True, bias=True, seed=rows, device=CPU)
+    check(form, rows, 24, 384, gated=True, residual=True, out_dtype=F32, seed=rows, device=CPU)
+
+
+def test_one_row_of_a_large_weight() -> None:
+    check("bfloat16", 1, 2050, 4096, residual=True, device=CPU)
+
+
+def test_rows_that_are_not_aligned_are_copied() -> None:
+    """The same bits from x at odd places and from x at multiples of 16 bytes."""
+    tensors, _ = weights("int4", 16, 256, 128, zero_points=False, seed=1)
+    node = CudaW4A16()
+    packed = node.pack(tensors, act=None)
+    wide = randn(1, 3, 300).cpu()
+    assert torch.equal(node.apply(wide[:, 1:257], packed), node.apply(wide[:, 1:257].clone(), packed))
+    assert node.apply(wide[:0, :256], packed).shape == (0, 16)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_widening_is_exact(gated: bool, group: int) -> None:
+    """One rounding of code times scale; rows from anywhere, over the border between gate and up."""
+    n, k = 43, 512
+    tensors, wide = weights("int4", 2 * n if gated else n, k, group, zero_points=True, seed=group)
+    node = CudaW4A16()
+    packed = node.pack(tensors, act="silu_mul" if gated else None)
+    assert node._kernels is not None
+    for first, rows in [(0, len(wide)), (5, 11), (30, 13), (40, 20)][: 4 if gated else 3]:
+        out = torch.full((rows, k), NAN, dtype=BF16)
+        node._kernels.widen(packed, first, out)
+        assert torch.equal(out, wide[first : first + rows].to(BF16))
+
+
+def test_int8_sums_are_exact() -> None:
+    """Whole numbers whose products and sums float32 holds: every bit must be right."""
+    codes = randint(1, -127, 128, 20, 1024).to(torch.int8)
+    x = randint(2, -127, 128, 8, 1024).to(BF16)
+    x[:, 0] = 127  # so that a row's scale is 1
+    node = CudaW8A8()
+    packed = node.pack({"weight": codes, "weight_scale": torch.ones(20)}, act=None)
+    for rows in (1, 8):
+        out = node.apply(x[:rows], packed, out_dtype=F32)
+        assert torch.equal(out, (x[:rows].double() @ codes.double().T).float())
+
+
+def test_codes_are_those_of_the_definition() -> None:
+    """Quantised as `quant_ops` does it, ties and rows of zeros as well: the product with a unit matrix shows them."""
+    x = randn(3, 8, 64).cpu()
+    x[0] = torch.arange(64) - 31.5  # half of the codes are ties
+    x[1] = 0
+    node = CudaW8A8()
+    packed = node.pack({"weight": torch.eye(64).to(torch.int8), "weight_scale": torch.ones(64)}, act=None)
+    codes, scale = quant_ops.quantize_per_token_int8(x)
+    plans = [Plan(1, 1, staged) for staged in (True, False)]
+    for plan in plans:
+        out = own_product(node, x, packed, plan, norm=None, residual=None, out_dtype=F32)
+        assert torch.equal(out, codes.float() * scale)
+
+
+EARLY = [
+    (form, rows, plan)
+    for form in FORMATS
+    for rows, plan in (
+        (1, Plan(1, 2, True)), (3, Plan(2, 2, False)), (12, Plan(1, 1, False)), (1, Plan(2, 2, True, 4, 2))
+    )
+    if not plan.ahead or form.weights != "int4"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "rows", "plan"), EARLY, ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+def test_nothing_is_read_before_it_is_there(
+    emulation: Emulation, form: Format, rows: int, plan: Plan, norm: bool
+) -> None:
+    """x and the residual are written when the kernel waits for the one before it, not earlier."""
+    n, k = 19, 384
+    tensors, _ = weights(form.weights, n, k, 128 // form.parts, zero_points=False, seed=rows)
+    node = NODES[form.weights]()
+    packed = node.pack(tensors, act=None)
+    gain = (randn(1, k).cpu(), EPS) if norm else None
+    real = {"x": randn(2, rows, k).cpu(), "residual": randn(3, rows, n).cpu()}
+    wanted = own_product(node, real["x"], packed, plan, norm=gain, residual=real["residual"], out_dtype=F32)
+    late = {name: torch.full_like(tensor, NAN) for name, tensor in real.items()}
+    library = emulation.library(form)
+    prepared = not plan.staged and (norm or form.weights == "int8")
+    library.emulated_clear()
+    for name, launch in (("x", 0), ("residual", 1 if prepared else 0)):
+        to, source = late[name], real[name]
+        library.emulated_arrives(launch, to.data_ptr(), source.data_ptr(), source.numel() * 2)
+    got = own_product(node, late["x"], packed, plan, norm=gain, residual=late["residual"], out_dtype=F32)
+    library.emulated_clear()
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(("form", "rows", "plan"), EARLY, ids=str)
+def test_nothing_is_read_beside_the_tensors(
+    emulation: Emulation, form: Format, rows: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows after the last of x and of the weight, columns after the last."""
+    n, k, rows = 21, 384, 7 if rows == 3 else rows
+    tensors, _ = weights(form.weights, 2 * n, k, 128 // form.parts, zero_points=False, seed=rows)
+    node = NODES[form.weights]()
+    packed = node.pack(tensors, act="silu_mul")
+    own = packed if isinstance(packed, Operand) else packed.own
+    assert own is not None
+    gain = None if form.weights == "int8" and not plan.staged else (randn(1, k).cpu(), EPS)
+    x = randn(2, rows, k).cpu()
+    made: list[Tensor] = []  # by the launch that prepares x
+
+    def remembered(*arguments: Any, **options: Any) -> Tensor:
+        made.append(empty(*arguments, **options))
+        library.emulated_allows(made[-1].data_ptr(), made[-1].numel() * made[-1].element_size())
+        return made[-1]
+
+    empty, library = torch.empty, emulation.library(form)
+    monkeypatch.setattr(torch, "empty", remembered)
+    for tensor in (x, own.weight, own.scale, None if gain is None else gain[0]):
+        if tensor is not None:
+            library.emulated_allows(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    plan = dataclasses.replace(plan, row_tiles=max(plan.row_tiles, 1 if plan.ahead else 2))
+    own_product(node, x, packed, plan, norm=gain, residual=None, out_dtype=BF16)
+    library.emulated_clear()
+
+
+@pytest.mark.parametrize(
+    ("form", "rows", "k", "plan"),
+    [
+        ("bfloat16", 2, 48, Plan(1, 2, False)),  # K
+        ("bfloat16", 33, 64, Plan(1, 2, False)),  # rows
+        ("bfloat16", 9, 64, Plan(1, 2, True)),  # rows in shared memory
+        ("bfloat16", 2, 64, Plan(3, 2, False)),  # tiles
+        ("bfloat16", 2, 64, Plan(1, 13, False)),  # warps
+        ("int4", 20, 128, Plan(4, 2, False)),  # not compiled
+        ("int8", 1, 64, Plan(4, 2, True, 8)),  # loads
+    ],
+)
+def test_what_is_not_compiled_is_refused(form: str, rows: int, k: int, plan: Plan) -> None:
+    group = 64 if form == "int4" else 128
+    tensors, _ = weights(form, 16, k, group, zero_points=False, seed=0)
+    node = NODES[form]()
+    packed = node.pack(tensors, act=None)
+    with pytest.raises(FewRowsError, match=f"M={rows}, N=16, K={k}: no kernel takes the shape"):
+        own_product(node, randn(1, rows, k).cpu(), packed, plan, norm=None, residual=None, out_dtype=BF16)
+
+
+SHAPES = [
+    (4096, 1024, False), (1024, 2048, False), (3072, 1024, True), (1024, 3072, False), (6144, 2560, False),
+    (2560, 4096, False), (9728, 2560, True), (2560, 9728, False), (12288, 4096, True), (4096, 12288, False),
+    (151936, 4096, False), (16, 128, False), (33, 32768, False), (25600, 5120, True), (5120, 25600, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "k", "gated"), SHAPES)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_rules_choose_what_is_compiled_and_fits(
+    emulation: Emulation, form: Format, n: int, k: int, gated: bool
+) -> None:
+    """Every plan that the rules make is one that the library takes, with shared memory of the smallest device."""
+    library = emulation.library(form)
+    library.emulated_dry()
+    bits = {"bfloat16": 16, "int8": 8, "int4": 4}[form.weights]
+    operand = Operand(torch.empty(0), n, gated, torch.empty(0))
+    for sms in (8, 16, 132):
+        for rows in (1, 2, 8, 9, 16, 17, 32) if form.weights == "int4" else (1, 2, 8):
+            norm = (torch.empty(k, dtype=BF16), EPS) if k <= few_rows.MAX_NORMED else None
+            if rows == 1 and bits > 4:
+                plan = one_row_plan(n, k, sms, gated=gated, bits=bits)
+            else:
+                normed = norm is not None
+                plan = tiles_plan(rows, n, k, sms, gated=gated, normed=normed, weights=form.weights)
+                assert 1 <= plan.warps <= most_warps(rows, plan.row_tiles, form.weights)
+            x = torch.empty(rows, k, dtype=BF16)
+            FewRows(library, form)(x, operand, plan, norm=norm, residual=None, dtype=F32)
+            assert library.emulated_threads() == 32 * plan.warps
+            assert library.emulated_shared() <= LEAST_SHARED
+    library.emulated_clear()
+
+
+@pytest.mark.parametrize("form", list(UNIT))
+@pytest.mark.parametrize("row_tiles", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])
+def test_most_warps(emulation: Emulation, form: str, rows: int, row_tiles: int) -> None:
+    library = emulation.library(Format(form))
+    library.emulated_dry()
+    kernels, operand = FewRows(library, Format(form)), Operand(torch.empty(0), 16, False)
+    most = most_warps(rows, row_tiles, form)
+    for warps in (most, most + 1):
+        takes = contextlib.nullcontext() if 0 < warps <= most else pytest.raises(FewRowsError)
+        with takes:
+            kernels(
+                torch.empty(rows, 128, dtype=BF16),
+                operand,
+                Plan(row_tiles, warps, False),
+                norm=None,
+                residual=None,
+                dtype=BF16,
+            )
+    library.emulated_clear()
+
+
+def test_arguments_are_those_of_the_header() -> None:
+    text = (SOURCES / "few_rows.h").read_text()
+    body = text[text.index("struct FewRowsArguments {") : text.index("};")]
+    lines = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()[1:]]
+    names = [name.split()[-1].lstrip("*") for line in lines if line for name in line.split(",")]
+    assert names == [name for name, *_ in Arguments._fields_]
