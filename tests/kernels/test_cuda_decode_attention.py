@@ -17,12 +17,17 @@ from attention_support import context, expected
 from torch import Tensor
 from triton_support import DEVICE, TINY, randn, rel_error
 
+from pymllm_core.device import DeviceInfo
 from pymllm_core.nn import ops
 from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
-from pymllm_kernels.cuda import decode_attention
+from pymllm_core.specs import Want
+from pymllm_kernels import plugin
+from pymllm_kernels.bundle import BUNDLE_ENV
+from pymllm_kernels.cuda import decode_attention, library
 from pymllm_kernels.cuda.decode_attention import CudaAttention
 from pymllm_kernels.cuda.decode_library import DTYPES, Arguments, DecodeLibrary, shared_bytes
 from pymllm_kernels.cuda.decode_plan import Split, choose_split
+from pymllm_kernels.recipe import CACHE_ENV, KernelBuildError
 from pymllm_kernels.triton.attention import TritonAttention
 from pymllm_kernels.triton.launch import Gpu
 
@@ -44,7 +49,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("emulation")
 
     @functools.cache
-    def library(dim: int, dtype: torch.dtype, device: torch.device) -> DecodeLibrary:
+    def emulated(dim: int, dtype: torch.dtype, device: torch.device) -> DecodeLibrary:
         target = folder / f"{dim}_{DTYPES[dtype]}.so"
         macros = (f"-DPYMLLM_DIM={dim}", f"-DPYMLLM_HALF={DTYPES[dtype]}", f"-I{SOURCES}", f"-I{HERE}")
         flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas")
@@ -53,7 +58,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> None:
         return DecodeLibrary(ctypes.CDLL(str(target)))
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(decode_attention, "decode_library", library)
+    patch.setattr(decode_attention, "decode_library", emulated)
 
 
 class Case:
@@ -273,6 +278,31 @@ def test_chosen_splits_can_be_launched(gpu: Gpu, dim: int) -> None:
             # No more parts than the longest sequence has blocks.
             assert split.splits == 1 or split.splits // 2 * 256 < width
             assert split.warps == 4 or split.splits * items <= gpu.sms
+
+
+def test_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = {spec.name: spec for spec in plugin.pymllm_attention_backends()}
+    device = DeviceInfo("cuda", "a GPU", 1 << 34, 1 << 34, capability=(8, 7))
+    good = {"head_dim": 128, "group": 2, "page_size": 16, "same_kv_dtype": 1}
+
+    def reason(**change: int) -> str | None:
+        return specs["cuda"].needs.reason(Want(device, "bfloat16", {**good, **change}))
+
+    assert specs["cuda"].priority > specs["triton"].priority
+    assert reason(head_dim=256) == "head_dim=256 is none of 64, 128"
+    assert reason(group=17) == "group=17 is over 16"
+    assert "page_size=24" in (reason(page_size=24) or "")
+    assert "same_kv_dtype=0" in (reason(same_kv_dtype=0) or "")
+
+    def missing() -> Path:
+        raise KernelBuildError("no CUDA compiler found")
+
+    monkeypatch.setattr(library, "find_nvcc", missing)
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path))
+    monkeypatch.delenv(BUNDLE_ENV, raising=False)
+    assert (reason() or "").startswith(
+        "no bundle holds decode_attention_sm_87_128_bfloat16, and it cannot be compiled"
+    )
 
 
 # ---- on a GPU ----

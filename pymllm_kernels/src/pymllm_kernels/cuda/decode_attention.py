@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
 from pymllm_kernels.cuda.decode_library import DIMS, DTYPES, MAX_GROUP, Arguments, decode_library
-from pymllm_kernels.cuda.decode_plan import Split, choose_split
+from pymllm_kernels.cuda.decode_plan import SHORT, Split, choose_split
 from pymllm_kernels.triton.attention import TritonAttention
 
 ALIGNMENT = 16
@@ -18,7 +18,12 @@ ALIGNMENT = 16
 
 
 class CudaAttention(TritonAttention):
-    """`protocols.attention.PreparingBackend`. head_dim: one of DIMS; at most MAX_GROUP query heads of a KV head."""
+    """`protocols.attention.PreparingBackend`. head_dim: one of DIMS; at most MAX_GROUP query heads of a KV head.
+
+    short_context: up to here `choose_split` launches a block or two for a sequence and KV head.
+    """
+
+    short_context = SHORT
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(config)

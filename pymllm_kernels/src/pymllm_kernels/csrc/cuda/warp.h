@@ -106,10 +106,7 @@ DEVICE uint32_t transpose(uint32_t pair) {
 
 // 16 bytes on their way to shared memory, or zeros where not valid.
 DEVICE void copy_async(void* shared, const void* global, bool valid) {
-#ifndef PYMLLM_L2
-#define PYMLLM_L2 "L2::128B"
-#endif
-    asm volatile("cp.async.cg.shared.global." PYMLLM_L2 " [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(valid ? 16 : 0)
                  : "memory");
 }
