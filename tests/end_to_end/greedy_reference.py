@@ -16,10 +16,12 @@ from typing import Any
 from pymllm_core import Completion, SamplingParams
 from pymllm_core.testing.engines import complete, make_engine
 
-TIE = {"demo": 0.25, "demo-w8a8": 0.5, "demo-w4a16": 0.25}
+TIE = {"demo": 0.25, "demo-w8a8": 0.75, "demo-w4a16": 0.25}
 """How far apart two logits may be to be a tie. bf16 keeps 8 bits of them: PyTorch's own results in bf16 and
 float32, and our CPU kernels', have gaps between candidates that differ by 0.11 (W4A16: 0.14) in 99 of 100 cases and
-0.37 at most. An activation on the border of two int8 codes moves by a whole step: 0.22 and 0.62 with W8A8."""
+0.37 at most. An activation on the border of two int8 codes moves by a whole step: 0.22 and 0.62 with W8A8. (Of
+the one token that an H200 chose otherwise the two best are 0.56 to 0.69 apart in bf16 by PyTorch, 0.46 by our CPU
+kernels and 0.25 in float32.)"""
 
 MAX_TOKENS = 48
 _CANDIDATES = 8

@@ -266,3 +266,12 @@ def test_shapes_of_models(rows: int, n: int, k: int) -> None:
             check_weight_only(
                 bits, rows, n, k, groups, seed=seed, asymmetric=asymmetric, act=act, norm=seed % 2 == 0
             )
+
+
+def test_many_rows_are_widened_in_whole_tiles() -> None:
+    """At most WIDENED weights at a time, in rows that fill tiles, whatever the number of columns."""
+    for columns in (64, 1024, 2560, 4096, 9728, 12288, 25600, 1 << 20):
+        rows = widened.rows_at_a_time(columns, 151936)
+        assert rows * columns <= widened.WIDENED
+        assert rows % 2048 == 0 or (rows < 2048 and (rows % 256 == 0 or rows < 256)) or rows == 151936
+        assert widened.rows_at_a_time(columns, 40) == min(rows, 40)
