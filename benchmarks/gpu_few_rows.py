@@ -27,8 +27,8 @@ from gpu_timing import MODELS, Report, Shape, copies_of
 from torch import Tensor
 
 from pymllm_core.protocols.kernel import Norm
-from pymllm_kernels.cuda.few_rows import CudaLinear, CudaW4A16, CudaW8A8
-from pymllm_kernels.cuda.few_rows_library import MAX_ROWS, MAX_STAGED, UNIT, FewRows, Operand, Plan
+from pymllm_kernels.cuda.few_rows import CudaLinear, CudaW4A16, CudaW8A8, PackedInt4
+from pymllm_kernels.cuda.few_rows_library import MAX_ROWS, MAX_STAGED, UNIT, FewRows, Plan
 from pymllm_kernels.cuda.few_rows_plan import most_warps
 from pymllm_kernels.triton.launch import ceil_div, gpu, pretend
 
@@ -89,12 +89,11 @@ def bench(
     norm = (torch.rand(k, device=DEVICE).add(0.5).to(BF16), 1e-6) if with_norm else None
     residual = torch.randn(rows, n, dtype=BF16, device=DEVICE) if with_residual else None
     dtype = torch.float32 if name == "head" else BF16
-    kernels: FewRows = node._kernels
+    kernels: FewRows = packed[0].kernels if isinstance(packed[0], PackedInt4) else node._kernels
 
     def planned(plan: Plan, weight: Any) -> Tensor:
-        own: Operand = weight if isinstance(weight, Operand) else weight.own
         given: Norm | None = norm
-        return kernels(x, own, plan, norm=given, residual=residual, dtype=dtype)
+        return kernels(x, weight.own, plan, norm=given, residual=residual, dtype=dtype)
 
     calls: list[tuple[str, Callable[[Any], Tensor]]] = [
         ("rules", functools.partial(node.apply, x, norm=norm, residual=residual, out_dtype=dtype))

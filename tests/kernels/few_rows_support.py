@@ -10,8 +10,8 @@ from triton_support import DEVICE, TINY, randn, rel_error, rms_norm, swiglu
 
 from pymllm_core.nn import quant_ops
 from pymllm_core.protocols.kernel import Norm
-from pymllm_kernels.cuda.few_rows import CudaLinear, CudaW4A16, CudaW8A8, columns_adjacent, ready
-from pymllm_kernels.cuda.few_rows_library import FewRows, Operand, Plan
+from pymllm_kernels.cuda.few_rows import CudaLinear, CudaW4A16, CudaW8A8, PackedInt4, columns_adjacent, ready
+from pymllm_kernels.cuda.few_rows_library import FewRows, Plan
 
 BF16, F32 = torch.bfloat16, torch.float32
 EPS = 0.25
@@ -56,9 +56,10 @@ def own_product(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The node's product by our kernels with this plan, whatever the node's rules would say."""
-    own = packed if isinstance(packed, Operand) else packed.own
-    kernels: FewRows = node._kernels
-    return kernels(ready(x), own, plan, norm=norm, residual=columns_adjacent(residual), dtype=out_dtype)
+    kernels: FewRows = packed.kernels if isinstance(packed, PackedInt4) else node._kernels
+    return kernels(
+        ready(x), packed.own, plan, norm=norm, residual=columns_adjacent(residual), dtype=out_dtype
+    )
 
 
 def check(

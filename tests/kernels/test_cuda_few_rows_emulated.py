@@ -20,7 +20,7 @@ import pytest
 import torch
 from few_rows_support import BF16, EPS, F32, NODES, check, own_product, randint, weights
 from torch import Tensor
-from triton_support import randn
+from triton_support import randn, rel_error
 
 from pymllm_core.nn import quant_ops
 from pymllm_kernels.cuda import few_rows
@@ -36,7 +36,9 @@ from pymllm_kernels.cuda.few_rows_library import (
     Plan,
 )
 from pymllm_kernels.cuda.few_rows_plan import most_warps, one_row_plan, tiles_plan
+from pymllm_kernels.cutlass.w8a8 import CutlassW8A8
 from pymllm_kernels.triton.launch import LEAST_SHARED
+from pymllm_kernels.triton.w8a8 import TritonW8A8
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
@@ -202,11 +204,38 @@ def test_widening_is_exact(gated: bool, group: int) -> None:
     tensors, wide = weights("int4", 2 * n if gated else n, k, group, zero_points=True, seed=group)
     node = CudaW4A16()
     packed = node.pack(tensors, act="silu_mul" if gated else None)
-    assert node._kernels is not None
     for first, rows in [(0, len(wide)), (5, 11), (30, 13), (40, 20)][: 4 if gated else 3]:
         out = torch.full((rows, k), NAN, dtype=BF16)
-        node._kernels.widen(packed, first, out)
+        packed.kernels.widen(packed.own, first, out)
         assert torch.equal(out, wide[first : first + rows].to(BF16))
+
+
+def test_one_node_serves_groups_of_several_sizes() -> None:
+    """One node is made for all linears that chose it; each weight keeps the kernels of its own groups."""
+    node, k = CudaW4A16(), 256
+    packed = []
+    for group in (64, 32, 128, 256):
+        tensors, wide = weights("int4", 24, k, group, zero_points=True, seed=group)
+        packed.append((node.pack(tensors, act=None), wide))
+    x = randn(1, 3, k).cpu()
+    for weight, wide in packed:
+        out = node.apply(x, weight, out_dtype=F32)
+        assert rel_error(out, x.double() @ wide.T) < 1e-4
+        widened = torch.full((24, k), NAN, dtype=BF16)
+        weight.kernels.widen(weight.own, 0, widened)
+        assert torch.equal(widened, wide.to(BF16))
+
+
+def test_each_int8_weight_has_the_kernel_for_many_rows_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUTLASS multiplies by multiples of 16 rows; one weight that it does not take decides for no other."""
+    monkeypatch.setattr(few_rows, "why_not_here", lambda capability, dtype: None)
+    monkeypatch.setattr(CutlassW8A8, "pack", TritonW8A8.pack)  # which would compile
+    node = CudaW8A8()
+    found = []
+    for n in (20, 32, 24, 16):
+        tensors, _ = weights("int8", n, 64, 64, zero_points=False, seed=n)
+        found.append(type(node.pack(tensors, act=None).many))
+    assert found == [TritonW8A8, CutlassW8A8, TritonW8A8, CutlassW8A8]
 
 
 def test_int8_sums_are_exact() -> None:
@@ -279,7 +308,7 @@ def test_nothing_is_read_beside_the_tensors(
     tensors, _ = weights(form.weights, 2 * n, k, 128 // form.parts, zero_points=False, seed=rows)
     node = NODES[form.weights]()
     packed = node.pack(tensors, act="silu_mul")
-    own = packed if isinstance(packed, Operand) else packed.own
+    own = packed.own
     assert own is not None
     gain = None if form.weights == "int8" and not plan.staged else (randn(1, k).cpu(), EPS)
     x = randn(2, rows, k).cpu()

@@ -175,6 +175,9 @@ class CudaPieces:
 
         torch.cuda.synchronize(self._device)
         with torch.cuda.stream(self._stream):
+            # Once outside of the capture: numbers of rows that are new compile or load their kernels. What it
+            # writes to the cache is written again by the replay, before anything reads it.
+            step(AttentionSeam(lambda q, kv: out))
             begin()
             result = step(AttentionSeam(seam))
             pieces[-1].capture_end()

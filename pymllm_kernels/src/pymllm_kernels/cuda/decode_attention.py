@@ -72,7 +72,7 @@ class CudaAttention(TritonAttention):
         config = self._config
         heads = config.num_heads + 2 * config.num_kv_heads
         if qkv.stride(1) != 1 or qkv.stride(0) * 2 % ALIGNMENT or qkv.data_ptr() % ALIGNMENT:
-            qkv = qkv.contiguous()
+            qkv = qkv.clone(memory_format=torch.contiguous_format)
         if qkv.dtype != config.dtype or qkv.shape[1] != heads * config.head_dim:
             raise ValueError(f"qkv must be [T, {heads * config.head_dim}] {config.dtype}, got {_words(qkv)}")
         if (

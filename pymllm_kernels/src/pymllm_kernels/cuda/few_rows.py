@@ -31,7 +31,7 @@ _OUT = (torch.bfloat16, torch.float32)
 def ready(x: Tensor) -> Tensor:
     """x [M, K] as the kernels read it: columns side by side, rows at multiples of 16 bytes."""
     aligned = x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if aligned else x.contiguous()
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def columns_adjacent(residual: Tensor | None) -> Tensor | None:
@@ -57,10 +57,19 @@ class PackedDense:
 
 @dataclass(frozen=True, slots=True)
 class PackedInt8:
-    """own: the weight for our kernels, None where they do not take it. rest: for those of many rows."""
+    """own: the weight for our kernels, None where they do not take it. rest: for `many`, which takes many rows."""
 
     own: Operand | None
     rest: Int8Weight
+    many: LinearKernel
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt4:
+    """kernels: those of the weight's groups, of which a model may have several sizes."""
+
+    own: Operand
+    kernels: FewRows
 
 
 class CudaLinear:
@@ -117,22 +126,19 @@ class CudaW8A8:
     fuses = TritonW8A8.fuses
 
     def __init__(self) -> None:
-        self._rest: LinearKernel | None = None
+        self._triton, self._cutlass = TritonW8A8(), CutlassW8A8()
         self._kernels: FewRows | None = None
 
     def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedInt8:
         """Raises KernelBuildError where the kernels have to be compiled and cannot."""
         weight = tensors["weight"]
         self._kernels = kernels_for(weight, Format("int8"))
-        if self._rest is None:
-            capability = torch.cuda.get_device_capability(weight.device)
-            takes = weight.shape[0] % 16 == 0 and why_not_here(capability, "bfloat16") is None
-            self._rest = CutlassW8A8() if takes else TritonW8A8()
-        rest: Int8Weight = self._rest.pack(tensors, act=act)
+        many = self._cutlass if cutlass_takes(weight) else self._triton
+        rest = many.pack(tensors, act=act)
         if rest.sum is not None or rest.static.scale is not None:
-            return PackedInt8(None, rest)
+            return PackedInt8(None, rest, many)
         bias = None if rest.bias is None else rest.bias.float()
-        return PackedInt8(Operand(rest.weight, rest.out_features, rest.gated, rest.scale, bias), rest)
+        return PackedInt8(Operand(rest.weight, rest.out_features, rest.gated, rest.scale, bias), rest, many)
 
     def apply(
         self,
@@ -144,10 +150,9 @@ class CudaW8A8:
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         (rows, k), own, dtype = x.shape, packed.own, out_dtype or x.dtype
-        assert self._rest is not None
         assert self._kernels is not None
         if own is None or dtype not in _OUT or not 1 <= rows <= 8:
-            return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
+            return packed.many.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
         sms = gpu(x.device).sms
         x, norm = normed(x, norm)
         if rows == 1:
@@ -169,19 +174,16 @@ class CudaW4A16:
 
     fuses = TritonLinear.fuses
 
-    def __init__(self) -> None:
-        self._kernels: FewRows | None = None
-
-    def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> Operand:
+    def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedInt4:
         """Raises KernelBuildError where the kernels have to be compiled and cannot."""
         weight, scale = tensors["weight"], tensors["scale"]
         gated, (rows, groups) = act is not None, scale.shape
         group = weight.shape[1] * 2 // groups
-        self._kernels = kernels_for(weight, Format("int4", parts_of(group)))
+        kernels = kernels_for(weight, Format("int4", parts_of(group)))
         offsets = (-136 - tensors["zero_point"].to(scale.dtype)) if "zero_point" in tensors else None
         halves = 2 if gated else 1
         bias = tensors.get("bias")
-        return Operand(
+        own = Operand(
             to_tiles(weight, halves),
             rows // halves,
             gated,
@@ -190,26 +192,26 @@ class CudaW4A16:
             groups,
             max(group // 128, 1),
         )
+        return PackedInt4(own, kernels)
 
     def apply(
         self,
         x: Tensor,
-        packed: Operand,
+        packed: PackedInt4,
         *,
         norm: Norm | None = None,
         residual: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        (rows, k), dtype, kernels = x.shape, out_dtype or x.dtype, self._kernels
-        assert kernels is not None
-        n, gated = packed.n, packed.gated
+        (rows, k), dtype, own, kernels = x.shape, out_dtype or x.dtype, packed.own, packed.kernels
+        n, gated = own.n, own.gated
         if rows > MAX_PASSES * MAX_ROWS:
             total = n * (2 if gated else 1)
             return many_rows(
                 x,
-                lambda first, wide: kernels.widen(packed, first, wide),
+                lambda first, wide: kernels.widen(own, first, wide),
                 total,
-                None if packed.bias is None else packed.bias.to(x.dtype),
+                None if own.bias is None else own.bias.to(x.dtype),
                 norm,
                 residual,
                 dtype,
@@ -234,8 +236,14 @@ class CudaW4A16:
         x, norm = normed(x, norm)
         plan = tiles_plan(rows, n, k, gpu(x.device).sms, gated=gated, normed=norm is not None, weights="int4")
         # Results are rounded once, whatever they are rounded to.
-        own = dtype if dtype in _OUT else torch.float32
-        return kernels(x, packed, plan, norm=norm, residual=residual, dtype=own).to(dtype)
+        rounded = dtype if dtype in _OUT else torch.float32
+        return kernels(x, own, plan, norm=norm, residual=residual, dtype=rounded).to(dtype)
+
+
+def cutlass_takes(weight: Tensor) -> bool:
+    """Whether CUTLASS multiplies many rows by an int8 weight [N, K]."""
+    capability = torch.cuda.get_device_capability(weight.device)
+    return weight.shape[0] % 16 == 0 and why_not_here(capability, "bfloat16") is None
 
 
 def kernels_for(weight: Tensor, form: Format) -> FewRows:
