@@ -284,6 +284,7 @@ def test_a_tokenizer_that_raises_ends_its_request_only(
         return broken, await read(other)
 
     broken, other = asyncio.run(ask())
+    # One, though the engine had more to say.
     assert [delta.finish_reason for delta in broken] == ["error"]
     assert broken[0].error == "ValueError: no such piece"
     assert other[-1].finish_reason == "length"

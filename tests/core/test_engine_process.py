@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
+import torch
 
 from pymllm_core.config import Settings
 from pymllm_core.engine import async_engine, process, process_main
@@ -22,7 +24,7 @@ from pymllm_core.engine.loop import Load
 from pymllm_core.engine.status import Cancelled
 from pymllm_core.errors import EngineError, ModelNotFoundError
 from pymllm_core.output import Delta, Timings, TokenLogprob, Usage
-from pymllm_core.request import Request
+from pymllm_core.request import Request, SamplingParams
 from pymllm_core.testing.accidents import EXITS, HANGS, KILLED, load_and_fail, load_never, load_toy
 from pymllm_core.testing.checkpoints import write_toy
 from pymllm_core.testing.engines import greedy
@@ -245,14 +247,15 @@ def test_a_parent_that_dies_takes_it_along(toy: Path) -> None:
     assert text.strip() == repr(complete(engine, [prompt], greedy(20))[0].text)
 
 
-def test_an_interrupt_of_the_whole_group_is_the_parents_business(start: Any, toy: Path) -> None:
-    """What a terminal sends on Ctrl-C reaches the child, too, also while it imports."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_the_parents_business(start: Any, toy: Path, number: int) -> None:
+    """What a terminal or a service manager sends reaches the child, too, also while it imports."""
     engine = start(toy)
     for _ in range(20):
-        os.kill(pid_of(engine), signal.SIGINT)
+        os.kill(pid_of(engine), number)
         time.sleep(0.05)
     asyncio.run(engine.wait_ready())
-    os.kill(pid_of(engine), signal.SIGINT)
+    os.kill(pid_of(engine), number)
     assert asyncio.run(last_of(engine, (5, 6))).finish_reason == "length"
 
 
@@ -268,3 +271,53 @@ def test_deltas_survive_the_pipe() -> None:
         packed = process_main.packed(delta)
         assert process_main.unpacked(packed) == delta
         assert type(process_main.unpacked(packed)) is Delta
+
+
+def test_nothing_is_imported_from_the_working_folder(
+    start: Any, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A downloaded model's folder may hold a module of any name."""
+    for name in ("socket", "tempfile", "pickle", "struct", "selectors", "torch"):
+        (tmp_path / f"{name}.py").write_text("import os\nos._exit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    engine = start(toy)
+    asyncio.run(engine.wait_ready())
+
+
+def test_the_cache_can_be_flushed_from_an_event_loop(start: Any, toy: Path) -> None:
+    engine = start(toy)
+    asyncio.run(engine.wait_ready())
+
+    async def flush() -> bool:
+        return bool(engine.flush_cache())
+
+    assert asyncio.run(flush())
+
+
+def test_a_request_that_cannot_be_sent_is_refused_alone(start: Any, toy: Path) -> None:
+    engine = start(toy)
+    asyncio.run(engine.wait_ready())
+
+    async def both() -> Delta:
+        odd = SamplingParams(max_tokens=2, logit_bias=MappingProxyType({3: 1.0}))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="pickle"):
+            engine.submit(Request("odd", (5, 6, 7), odd))
+        return await last_of(engine, (5, 6, 7))
+
+    assert asyncio.run(both()).finish_reason == "length"
+
+
+class Elsewhere(EngineError):
+    """One of ours by a package that the parent need not have."""
+
+
+def test_errors_of_other_packages_need_nothing_of_theirs() -> None:
+    """The parent has no torch, which making such an error may import."""
+    for error, kind, text in (
+        (MemoryError("8 GB"), MemoryError, "8 GB"),
+        (Elsewhere("no kernels"), EngineError, "no kernels"),
+        (torch.OutOfMemoryError("full"), RuntimeError, "OutOfMemoryError: full"),
+    ):
+        found = process_main.portable(error)
+        assert type(found) is kind
+        assert str(found) == text

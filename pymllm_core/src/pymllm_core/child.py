@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+# Nothing is imported from the folder that the program was started in, which `-c` would search first.
 _PROGRAM = (
-    "import sys; from multiprocessing.connection import Connection; pipe = Connection({fd}); "
-    "sys.path[:] = pipe.recv(); pipe.recv()(pipe)"
+    "import sys; sys.path[:] = filter(None, sys.path); from multiprocessing.connection import Connection; "
+    "pipe = Connection({fd}); sys.path[:] = pipe.recv(); pipe.recv()(pipe)"
 )
 
 
 def start_child(main: Callable[[Any], None]) -> tuple[subprocess.Popen[bytes], Any]:
     """A process that runs `main`, a function of a module, with its end of the pipe; and this side's end.
 
-    Both ends are `multiprocessing.connection.Connection`. The child does not see Ctrl-C, which a terminal sends to
-    it too, until `main` unblocks SIGINT.
+    Both ends are `multiprocessing.connection.Connection`. The child does not see Ctrl-C and SIGTERM, which may be sent
+    to it too, until `main` unblocks them (SIGNALS).
     """
     ours, theirs = socket.socketpair()
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
@@ -43,9 +44,13 @@ def start_child(main: Callable[[Any], None]) -> tuple[subprocess.Popen[bytes], A
     return process, pipe
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""A terminal sends the first to all of its group, a service manager the second: the parent decides what follows."""
+
+
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

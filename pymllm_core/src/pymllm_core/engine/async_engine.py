@@ -128,7 +128,11 @@ class AsyncEngine:
                 # An idle engine has not stalled: its next step is due from now on.
                 self._last_news = time.monotonic()
             self._streams[request.id] = stream
-            self._host.add(request)
+            try:
+                self._host.add(request)
+            except BaseException:  # an argument that cannot be sent
+                del self._streams[request.id]
+                raise
         return stream
 
     def abort(self, request_id: str) -> bool:

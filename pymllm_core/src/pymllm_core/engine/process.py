@@ -50,7 +50,7 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._sending = threading.Lock()
-        self._outbox: list[tuple[str, tuple[Any, ...]]] = []
+        self._outbox: list[bytes] = []
         self._flusher: asyncio.AbstractEventLoop | None = None
         self._reader = threading.Thread(target=self._read, name="pymllm-engine-news", daemon=True)
         self._processor: _ProcessorThread | None = None
@@ -76,13 +76,14 @@ class EngineProcess:
 
     def flush_cache(self) -> None:
         self._send("flush_cache")
+        self._flush()  # an event loop that waits for the answer will not
 
     def stop(self) -> bool:
         if self._process is None:
             return True
         self._stopping = True
-        self._send("stop")
-        self._flush()  # an event loop that waits here will not
+        # On a thread: a child that hangs reads nothing, and is killed below all the same.
+        threading.Thread(target=self._send, args=("stop",), daemon=True).start()
         limit = STOP_LOADING_S if self._loading else STOP_S + 1  # for the interpreter
         try:
             self._process.wait(limit)
@@ -95,13 +96,17 @@ class EngineProcess:
         return True
 
     def _send(self, command: str, *arguments: Any) -> None:
-        """Send now, or from an event loop's thread when the loop has done what it is at: many requests in one go."""
+        """Send now, or from an event loop's thread when the loop has done what it is at: many requests in one go.
+
+        Raises what pickling the arguments raises.
+        """
+        message = pickle.dumps((command, arguments), pickle.HIGHEST_PROTOCOL)
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             loop = None
         with self._sending:
-            self._outbox.append((command, arguments))
+            self._outbox.append(message)
             if loop is not None and self._flusher is loop:
                 return
             self._flusher = loop
@@ -240,7 +245,10 @@ def _died(code: int) -> str:
     if code >= 0:
         return f"the engine's process ended with exit code {code}; its own messages are on stderr"
     hint = "; the system may be out of memory" if -code == signal.SIGKILL else ""
-    return f"the engine's process was killed by {signal.Signals(-code).name} (exit code {code}){hint}"
+    names = {number.value: number.name for number in signal.Signals}
+    return (
+        f"the engine's process was killed by {names.get(-code, f'signal {-code}')} (exit code {code}){hint}"
+    )
 
 
 class _Gone(Exception):

@@ -14,6 +14,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from pymllm_core.child import SIGNALS
 from pymllm_core.engine.loop import EngineLoop
 from pymllm_core.engine.status import EngineStats, Progress
 from pymllm_core.errors import PymllmError
@@ -62,11 +63,29 @@ class _Teller:
         # Our own errors explain themselves.
         ours = error is None or isinstance(error, PymllmError)
         where = None if ours else "".join(traceback.format_exception(error))
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # a class that only this process knows, or whose arguments are not its fields
-            error = RuntimeError(f"{type(error).__name__}: {error}")
+        error = None if error is None else portable(error)
         self.send("ended", error, where)
+
+
+_EVERYWHERE = ("builtins", "pymllm_core.errors", "pymllm_core.engine.status")
+"""Modules whose errors the parent can make without importing torch."""
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error, or the most of it that the parent can have: the nearest class of ours, or a RuntimeError."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # arguments that are not its fields
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    if type(error).__module__ in _EVERYWHERE:
+        return error
+    if isinstance(error, PymllmError):
+        nearest = next(kind for kind in type(error).__mro__ if kind.__module__ == PymllmError.__module__)
+        with contextlib.suppress(TypeError):
+            made = nearest(str(error))
+            assert isinstance(made, PymllmError)
+            return made
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def packed(delta: Delta) -> Delta | tuple[Any, ...]:
@@ -96,9 +115,10 @@ class _LogSender(logging.handlers.QueueHandler):
 
 def main(connection: Connection) -> None:
     """Obey until told to stop, or until the parent is gone."""
-    # A handler that does nothing, rather than none: the compilers that this process starts shall hear Ctrl-C.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # Handlers that do nothing, rather than none: the compilers that this process starts shall hear the signals.
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.set_inheritable(connection.fileno(), False)
     gc.disable()  # until the engine is ready
     settings, load, level = connection.recv()
@@ -110,7 +130,7 @@ def main(connection: Connection) -> None:
     try:
         stopping = False
         while not stopping:
-            for name, arguments in connection.recv():
+            for name, arguments in map(pickle.loads, connection.recv()):
                 stopping |= name == "stop"
                 if name != "stop":
                     getattr(loop, name)(*arguments)

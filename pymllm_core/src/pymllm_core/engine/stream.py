@@ -36,9 +36,9 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
+        if self._finished:
+            raise StopAsyncIteration
         while not self._queue:
-            if self._finished:
-                raise StopAsyncIteration
             self._ready.clear()
             await self._ready.wait()
         delta = Delta.merge(self._queue)
