@@ -6,18 +6,13 @@ products, and larger ones.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import functools
-import shutil
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from few_rows_emulation import Emulation
 from few_rows_support import BF16, EPS, F32, NODES, check, own_product, randint, weights
 from torch import Tensor
 from triton_support import randn, rel_error
@@ -28,68 +23,17 @@ from pymllm_kernels.cuda.few_rows import CudaW4A16, CudaW8A8
 from pymllm_kernels.cuda.few_rows_library import (
     FORMATS,
     UNIT,
-    Arguments,
-    FewRows,
-    FewRowsError,
     Format,
-    Operand,
     Plan,
 )
-from pymllm_kernels.cuda.few_rows_plan import most_warps, one_row_plan, tiles_plan
 from pymllm_kernels.cutlass.w8a8 import CutlassW8A8
-from pymllm_kernels.triton.launch import LEAST_SHARED
 from pymllm_kernels.triton.w8a8 import TritonW8A8
 
 CPU = torch.device("cpu")
-HERE = Path(__file__).parent
-SOURCES = Path(few_rows.__file__).parent.parent / "csrc" / "cuda"
 NAN = float("nan")
 
-
-class Emulation:
-    """The libraries of all formats, compiled when they are first asked for."""
-
-    def __init__(self, folder: Path, compiler: str) -> None:
-        self._folder, self._compiler = folder, compiler
-        self._libraries: dict[Format, ctypes.CDLL] = {}
-
-    def library(self, form: Format) -> ctypes.CDLL:
-        if form not in self._libraries:
-            target = self._folder / f"{form.name}.so"
-            macros = (f"-DPYMLLM_FORMAT={list(UNIT).index(form.weights)}", f"-DPYMLLM_PARTS={form.parts}")
-            flags = (
-                "-std=c++17",
-                "-O1",
-                "-ffp-contract=off",
-                "-fPIC",
-                "-shared",
-                "-Wno-unknown-pragmas",
-                "-fno-gnu-unique",
-            )
-            places = (f"-I{SOURCES}", f"-I{HERE}", "-DPYMLLM_EMULATED")
-            source = SOURCES / "few_rows.cu"
-            command = (self._compiler, *flags, *macros, *places, "-x", "c++", source, "-o", target)
-            subprocess.run(command, check=True)
-            self._libraries[form] = library = ctypes.CDLL(str(target))
-            library.emulated_allows.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-            library.emulated_arrives.argtypes = [ctypes.c_int, *(ctypes.c_void_p,) * 2, ctypes.c_size_t]
-        self._libraries[form].emulated_clear()
-        return self._libraries[form]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulation]:
-    """The nodes get the emulation on the CPU, where their other kernels are Triton's."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the emulation with")
-    made = Emulation(tmp_path_factory.mktemp("emulation"), compiler)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(few_rows, "kernels_for", lambda weight, form: FewRows(made.library(form), form))
-    patch.setattr(few_rows, "why_not_here", lambda capability, dtype: "emulated")
-    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    yield made
-    patch.undo()
+pytest_plugins = ("few_rows_emulation",)
+pytestmark = pytest.mark.usefixtures("emulated_nodes")
 
 
 @pytest.mark.parametrize("form", list(UNIT))
@@ -327,87 +271,3 @@ def test_nothing_is_read_beside_the_tensors(
     plan = dataclasses.replace(plan, row_tiles=max(plan.row_tiles, 1 if plan.ahead else 2))
     own_product(node, x, packed, plan, norm=gain, residual=None, out_dtype=BF16)
     library.emulated_clear()
-
-
-@pytest.mark.parametrize(
-    ("form", "rows", "k", "plan"),
-    [
-        ("bfloat16", 2, 48, Plan(1, 2, False)),  # K
-        ("bfloat16", 33, 64, Plan(1, 2, False)),  # rows
-        ("bfloat16", 9, 64, Plan(1, 2, True)),  # rows in shared memory
-        ("bfloat16", 2, 64, Plan(3, 2, False)),  # tiles
-        ("bfloat16", 2, 64, Plan(1, 13, False)),  # warps
-        ("int4", 20, 128, Plan(4, 2, False)),  # not compiled
-        ("int8", 1, 64, Plan(4, 2, True, 8)),  # loads
-    ],
-)
-def test_what_is_not_compiled_is_refused(form: str, rows: int, k: int, plan: Plan) -> None:
-    group = 64 if form == "int4" else 128
-    tensors, _ = weights(form, 16, k, group, zero_points=False, seed=0)
-    node = NODES[form]()
-    packed = node.pack(tensors, act=None)
-    with pytest.raises(FewRowsError, match=f"M={rows}, N=16, K={k}: no kernel takes the shape"):
-        own_product(node, randn(1, rows, k).cpu(), packed, plan, norm=None, residual=None, out_dtype=BF16)
-
-
-SHAPES = [
-    (4096, 1024, False), (1024, 2048, False), (3072, 1024, True), (1024, 3072, False), (6144, 2560, False),
-    (2560, 4096, False), (9728, 2560, True), (2560, 9728, False), (12288, 4096, True), (4096, 12288, False),
-    (151936, 4096, False), (16, 128, False), (33, 32768, False), (25600, 5120, True), (5120, 25600, False),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("n", "k", "gated"), SHAPES)
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
-def test_rules_choose_what_is_compiled_and_fits(
-    emulation: Emulation, form: Format, n: int, k: int, gated: bool
-) -> None:
-    """Every plan that the rules make is one that the library takes, with shared memory of the smallest device."""
-    library = emulation.library(form)
-    library.emulated_dry()
-    bits = {"bfloat16": 16, "int8": 8, "int4": 4}[form.weights]
-    operand = Operand(torch.empty(0), n, gated, torch.empty(0))
-    for sms in (8, 16, 132):
-        for rows in (1, 2, 8, 9, 16, 17, 32) if form.weights == "int4" else (1, 2, 8):
-            norm = (torch.empty(k, dtype=BF16), EPS) if k <= few_rows.MAX_NORMED else None
-            if rows == 1 and bits > 4:
-                plan = one_row_plan(n, k, sms, gated=gated, bits=bits)
-            else:
-                normed = norm is not None
-                plan = tiles_plan(rows, n, k, sms, gated=gated, normed=normed, weights=form.weights)
-                assert 1 <= plan.warps <= most_warps(rows, plan.row_tiles, form.weights)
-            x = torch.empty(rows, k, dtype=BF16)
-            FewRows(library, form)(x, operand, plan, norm=norm, residual=None, dtype=F32)
-            assert library.emulated_threads() == 32 * plan.warps
-            assert library.emulated_shared() <= LEAST_SHARED
-    library.emulated_clear()
-
-
-@pytest.mark.parametrize("form", list(UNIT))
-@pytest.mark.parametrize("row_tiles", [1, 2, 4])
-@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])
-def test_most_warps(emulation: Emulation, form: str, rows: int, row_tiles: int) -> None:
-    library = emulation.library(Format(form))
-    library.emulated_dry()
-    kernels, operand = FewRows(library, Format(form)), Operand(torch.empty(0), 16, False)
-    most = most_warps(rows, row_tiles, form)
-    for warps in (most, most + 1):
-        takes = contextlib.nullcontext() if 0 < warps <= most else pytest.raises(FewRowsError)
-        with takes:
-            kernels(
-                torch.empty(rows, 128, dtype=BF16),
-                operand,
-                Plan(row_tiles, warps, False),
-                norm=None,
-                residual=None,
-                dtype=BF16,
-            )
-    library.emulated_clear()
-
-
-def test_arguments_are_those_of_the_header() -> None:
-    text = (SOURCES / "few_rows.h").read_text()
-    body = text[text.index("struct FewRowsArguments {") : text.index("};")]
-    lines = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()[1:]]
-    names = [name.split()[-1].lstrip("*") for line in lines if line for name in line.split(",")]
-    assert names == [name for name, *_ in Arguments._fields_]

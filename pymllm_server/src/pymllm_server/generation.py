@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
@@ -16,8 +16,8 @@ from pymllm_server.state import ServerState
 
 
 def new_id(prefix: str = "") -> str:
-    """An id as OpenAI's: a prefix and 24 hexadecimal digits. Unique, not secret: that would cost a system call."""
-    return f"{prefix}{random.getrandbits(96):024x}"
+    """An id as OpenAI's: a prefix and 24 hexadecimal digits, which nobody else can guess: it aborts a request."""
+    return prefix + secrets.token_hex(12)
 
 
 def rid_in_use(rid: str) -> ApiError:

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import random
 import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
@@ -44,7 +44,7 @@ class RequestContext:
         # Here rather than in uvicorn, which would expect proxies to have removed the prefix already.
         scope["root_path"] = self.root_path
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.monotonic()
         status = 0
