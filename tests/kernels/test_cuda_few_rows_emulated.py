@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from few_rows_emulation import Emulation
 from few_rows_support import BF16, EPS, F32, NODES, check, own_product, randint, weights
 from torch import Tensor
 from triton_support import randn, rel_error
@@ -28,6 +27,9 @@ from pymllm_kernels.cuda.few_rows_library import (
 )
 from pymllm_kernels.cutlass.w8a8 import CutlassW8A8
 from pymllm_kernels.triton.w8a8 import TritonW8A8
+
+if TYPE_CHECKING:
+    from few_rows_emulation import Emulation
 
 CPU = torch.device("cpu")
 NAN = float("nan")

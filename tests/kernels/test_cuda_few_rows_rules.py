@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from few_rows_emulation import SOURCES, Emulation
 from few_rows_support import BF16, EPS, F32, NODES, own_product, weights
 from triton_support import randn
 
@@ -23,6 +24,9 @@ from pymllm_kernels.cuda.few_rows_library import (
 )
 from pymllm_kernels.cuda.few_rows_plan import most_warps, one_row_plan, tiles_plan
 from pymllm_kernels.triton.launch import LEAST_SHARED
+
+if TYPE_CHECKING:
+    from few_rows_emulation import Emulation
 
 pytest_plugins = ("few_rows_emulation",)
 pytestmark = pytest.mark.usefixtures("emulated_nodes")
@@ -105,7 +109,8 @@ def test_most_warps(emulation: Emulation, form: str, rows: int, row_tiles: int) 
 
 
 def test_arguments_are_those_of_the_header() -> None:
-    text = (SOURCES / "few_rows.h").read_text()
+    header = Path(few_rows.__file__).parent.parent / "csrc" / "cuda" / "few_rows.h"
+    text = header.read_text()
     body = text[text.index("struct FewRowsArguments {") : text.index("};")]
     lines = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()[1:]]
     names = [name.split()[-1].lstrip("*") for line in lines if line for name in line.split(",")]
