@@ -107,6 +107,7 @@ PYMLLM_EXPORT int emulated_threads() { return emulated::threads_asked; }
 
 inline uint4 load_once(const void* from) { return emulated::loaded<uint4>(from); }
 inline uint32_t load_word_once(const void* from) { return emulated::loaded<uint32_t>(from); }
+inline void prefetch_line(const void* from) { emulated::loaded<uint8_t>(from); }
 inline uint4 load_shared_with_others(const void* from) { return emulated::loaded<uint4>(from); }
 
 inline void multiply(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {

@@ -173,7 +173,7 @@ class FewRows:
             if not plan.staged and (norm is not None or self.format.weights == "int8"):
                 codes = self.format.weights == "int8"
                 ready = torch.empty((m, k), dtype=torch.int8 if codes else x.dtype, device=x.device)
-                scales = torch.empty(m if codes else 0, dtype=torch.float32, device=x.device)
+                scales = torch.empty(m, dtype=torch.float32, device=x.device)
                 status = self._prepare(byref(arguments), ready.data_ptr(), scales.data_ptr(), stream)
                 self._expect_success("norm of x", m, operand.n, k, status)
                 arguments.x, arguments.x_stride = ready.data_ptr(), k * ready.element_size()

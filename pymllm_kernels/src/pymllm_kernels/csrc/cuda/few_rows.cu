@@ -29,26 +29,30 @@ namespace {
 // A unit of int4: widened, multiplied, scaled.
 //
 // What a code and its zero point are offset by is not subtracted from every weight, but once from a group's sums: times
-// the sum of x, which the tensor cores find as the product with a row of ones.
-template <int ROW_TILES, int X_TILES>
+// the sum of x. Of staged x it is known (staged_sums, of the rows 2 t and 2 t + 1), and the columns lie in the order of
+// the fragments; else the tensor cores find it as the product with a row of ones.
+template <int ROW_TILES, int X_TILES, bool STAGED>
 DEVICE void multiply_codes(float (&sums)[ROW_TILES][X_TILES][4], const uint4 (&weights)[ROW_TILES][2],
-                           const std::uint32_t (&constants)[ROW_TILES][2][PARTS], const uint4 (&x)[X_TILES][4]) {
+                           const std::uint32_t (&constants)[ROW_TILES][2][PARTS], const uint4 (&x)[X_TILES][4],
+                           const float (&staged_sums)[PARTS][2]) {
   constexpr int EACH = 4 / PARTS;  // words that share a scale
   constexpr std::uint32_t ONES = 0x3f803f80u;
   float group[ROW_TILES][X_TILES][4], x_sums[X_TILES][4];
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    std::uint32_t b[X_TILES][4];
+    uint4 b[X_TILES];
 #pragma unroll
     for (int c = 0; c < X_TILES; c++) {
-      const uint4 bits = x[c][j];
-      b[c][0] = __byte_perm(bits.x, bits.z, 0x5410);
-      b[c][1] = __byte_perm(bits.x, bits.z, 0x7632);
-      b[c][2] = __byte_perm(bits.y, bits.w, 0x5410);
-      b[c][3] = __byte_perm(bits.y, bits.w, 0x7632);
+      if (STAGED) {
+        b[c] = x[c][j];
+#pragma unroll
+        for (int i = 0; i < 4; i++) x_sums[c][i] = staged_sums[j / EACH][i % 2];
+        continue;
+      }
+      b[c] = in_fragments(x[c][j]);
       if (j % EACH == 0) x_sums[c][0] = x_sums[c][1] = x_sums[c][2] = x_sums[c][3] = 0.0f;
-      multiply(x_sums[c], ONES, ONES, ONES, ONES, b[c][0], b[c][1]);
-      multiply(x_sums[c], ONES, ONES, ONES, ONES, b[c][2], b[c][3]);
+      multiply(x_sums[c], ONES, ONES, ONES, ONES, b[c].x, b[c].y);
+      multiply(x_sums[c], ONES, ONES, ONES, ONES, b[c].z, b[c].w);
     }
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
@@ -61,8 +65,8 @@ DEVICE void multiply_codes(float (&sums)[ROW_TILES][X_TILES][4], const uint4 (&w
       for (int c = 0; c < X_TILES; c++) {
         float(&sum)[4] = group[r][c];
         if (j % EACH == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-        multiply(sum, low[0], high[0], low[1], high[1], b[c][0], b[c][1]);
-        multiply(sum, low[2], high[2], low[3], high[3], b[c][2], b[c][3]);
+        multiply(sum, low[0], high[0], low[1], high[1], b[c].x, b[c].y);
+        multiply(sum, low[2], high[2], low[3], high[3], b[c].z, b[c].w);
         if (j % EACH == EACH - 1) {
 #pragma unroll
           for (int i = 0; i < 4; i++) {
@@ -108,81 +112,89 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int m = static_cast<int>(a.m), n = static_cast<int>(a.n), k = static_cast<int>(a.k), units = k / UNIT;
   const int first = blockIdx.x * RESULTS;
-  // Which of its units a warp takes at a step; all steps of a round are on their way together.
-  const auto unit_of = [&](int round, int slot) {
-    return (round * AHEAD + slot) * warps + warp;
-  };
-  const int rounds = (units + AHEAD * warps - 1) / (AHEAD * warps);
+  // The units of this warp lie side by side, so that most addresses differ by constants.
+  const int begin = warp * units / warps, end = (warp + 1) * units / warps;
+  const Layout at = layout_of(k, STAGED ? m : 0, a.norm != nullptr);
+  if (STAGED) bring_closer(a.norm, k);
 
-  // Where this lane's part of the rows of W begins, and of int4 the constants.
-  const char* rows[ROW_TILES][2];
+  // Where this lane's part of the next units of W begins, and of int4 the constants of a tile.
+  constexpr int UNIT_BYTES = FORMAT == 2 ? 1024 : 64;
+  const char* rows[ROW_TILES][FORMAT == 2 ? 1 : 2];
   const std::uint32_t* constants_of[ROW_TILES];
 #pragma unroll
   for (int r = 0; r < ROW_TILES; r++) {
+    const bool up = GATED && r >= ROW_TILES / 2;
+    const int row = first + 16 * (up ? r - ROW_TILES / 2 : r);
+    const char* weight = static_cast<const char*>(a.weight) + begin * UNIT_BYTES;
+    if constexpr (FORMAT == 2) {
+      // Tiles lie one after another, those of up after those of gate, each filled up to 16 rows.
+      const std::int64_t tile = min(row, n - 1) / 16 + (up ? (n + 15) / 16 : 0);
+      rows[r][0] = weight + tile * units * UNIT_BYTES + lane * 16;
+      constants_of[r] = static_cast<const std::uint32_t*>(a.scale) + tile * a.groups * 16 + g;
+    } else {
+      // Rows after the last are computed for nothing and written nowhere.
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const bool up = GATED && r >= ROW_TILES / 2;
-      const int row = first + 16 * (up ? r - ROW_TILES / 2 : r) + (FORMAT == 2 ? 0 : 8 * half + g);
-      if (FORMAT == 2) {
-        // Tiles lie one after another, those of up after those of gate, each filled up to 16 rows.
-        const std::int64_t tile = min(row, n - 1) / 16 + (up ? (n + 15) / 16 : 0);
-        rows[r][half] = static_cast<const char*>(a.weight) + tile * units * 1024 + lane * 16;
-        constants_of[r] = static_cast<const std::uint32_t*>(a.scale) + tile * a.groups * 16 + g;
-      } else {
-        // Rows after the last are computed for nothing and written nowhere.
-        rows[r][half] = static_cast<const char*>(a.weight) + (min(row, n - 1) + (up ? n : 0)) * a.weight_stride + 16 * t;
-      }
+      for (int half = 0; half < 2; half++)
+        rows[r][half] = weight + (min(row + 8 * half + g, n - 1) + (up ? n : 0)) * a.weight_stride + 16 * t;
     }
   }
+  // unit / units_per_group is unit * per_unit >> 20: exact while both are at most 1024.
+  const int shared_by = static_cast<int>(a.units_per_group);
+  const int per_unit = FORMAT == 2 && PARTS == 1 ? ((1 << 20) + shared_by - 1) / shared_by : 0;
   uint4 weights[AHEAD][ROW_TILES][2];
   std::uint32_t constants[AHEAD][ROW_TILES][2][PARTS];
-  const auto fetch = [&](int slot, int unit) {
-    if (unit >= units) return;
+  // The unit that lies `on` after the one to which the pointers point, if it is this warp's.
+  const auto fetch = [&](int slot, int at_unit, int on) {
+    if (at_unit + on >= end) return;
+    const int group = PARTS == 1 ? (at_unit + on) * per_unit >> 20 : (at_unit + on) * PARTS;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         weights[slot][r][half] =
-            load_once(FORMAT == 2 ? rows[r][0] + 1024 * unit + 512 * half : rows[r][half] + 64 * unit);
-        if (FORMAT == 2) {
+            load_once(FORMAT == 2 ? rows[r][0] + UNIT_BYTES * on + 512 * half : rows[r][half] + UNIT_BYTES * on);
+        if constexpr (FORMAT == 2) {
 #pragma unroll
-          for (int part = 0; part < PARTS; part++) {
-            const int group = PARTS == 1 ? unit / static_cast<int>(a.units_per_group) : unit * PARTS + part;
-            constants[slot][r][half][part] = load_word_once(constants_of[r] + group * 16 + 8 * half);
-          }
+          for (int part = 0; part < PARTS; part++)
+            constants[slot][r][half][part] = load_word_once(constants_of[r] + (group + part) * 16 + 8 * half);
         }
       }
     }
   };
 #pragma unroll
-  for (int slot = 0; slot < AHEAD; slot++) fetch(slot, unit_of(0, slot));
+  for (int slot = 0; slot < AHEAD; slot++) fetch(slot, begin, slot);
 
-  const Layout at = layout_of(k, STAGED ? m : 0, a.norm != nullptr);
-  if (STAGED) fetch_gain(smem, at, a.norm, k);
   wait_for_previous();
-  if constexpr (STAGED) stage(smem, at, static_cast<const char*>(a.x), a.x_stride, m, k, a.norm, a.eps);
+  if constexpr (STAGED) stage<FORMAT == 2>(smem, at, static_cast<const char*>(a.x), a.x_stride, m, k, a.norm);
 
+  // Columns of the product that no row of x belongs to repeat the last one, and are written nowhere.
+  const char* x_rows[X_TILES];
+#pragma unroll
+  for (int c = 0; c < X_TILES; c++) {
+    const int row = min(8 * c + g, m - 1);
+    x_rows[c] = (STAGED ? smem + row * row_bytes(k) : static_cast<const char*>(a.x) + row * a.x_stride) +
+                64 * X_LOADS * begin + 16 * t;
+  }
   uint4 x[X_AHEAD][X_TILES][X_LOADS];
-  const auto fetch_x = [&](int slot, int unit) {
-    if (unit >= units) return;
+  const auto fetch_x = [&](int slot, int at_unit, int on) {
+    if (at_unit + on >= end) return;
 #pragma unroll
     for (int c = 0; c < X_TILES; c++) {
 #pragma unroll
       for (int j = 0; j < X_LOADS; j++) {
-        const int offset = 64 * X_LOADS * unit + 64 * j + 16 * t, row = 8 * c + g;
-        if (row >= m)
-          x[slot][c][j] = make_uint4(0, 0, 0, 0);
-        else if (STAGED)
-          x[slot][c][j] = *reinterpret_cast<const uint4*>(smem + row * row_bytes(k) + offset);
-        else
-          x[slot][c][j] = load_shared_with_others(static_cast<const char*>(a.x) + row * a.x_stride + offset);
+        const char* from = x_rows[c] + 64 * X_LOADS * on + 64 * j;
+        x[slot][c][j] = STAGED ? *reinterpret_cast<const uint4*>(from) : load_shared_with_others(from);
       }
     }
   };
   if (!STAGED) {
 #pragma unroll
-    for (int slot = 0; slot < X_AHEAD; slot++) fetch_x(slot, unit_of(0, slot));
+    for (int slot = 0; slot < X_AHEAD; slot++) fetch_x(slot, begin, slot);
   }
+  const float* group_sums[2];  // of the rows 2 t and 2 t + 1
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    group_sums[i] = reinterpret_cast<const float*>(smem + at.group_sums) + (min(2 * t + i, m - 1) * units + begin) * PARTS;
   // What the end needs of others is on its way before the product begins.
   const Ending<GATED> ending(a, first, RESULTS, threadIdx.x);
 
@@ -194,12 +206,12 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[r][c][i] = 0;
 
-  for (int round = 0; round < rounds; round++) {
+  for (int unit = begin; unit < end; unit += AHEAD) {
 #pragma unroll
     for (int slot = 0; slot < AHEAD; slot++) {
-      const int unit = unit_of(round, slot), x_slot = slot % X_AHEAD;
-      if (unit >= units) break;
-      if (STAGED) fetch_x(0, unit);
+      const int x_slot = slot % X_AHEAD;
+      if (unit + slot >= end) break;
+      if (STAGED) fetch_x(0, unit, slot);
       if constexpr (FORMAT != 2) {
 #pragma unroll
         for (int c = 0; c < X_TILES; c++) {
@@ -212,13 +224,23 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
           }
         }
       } else {
-        multiply_codes<ROW_TILES, X_TILES>(sums, weights[slot], constants[slot], x[x_slot]);
+        float staged_sums[PARTS][2];
+#pragma unroll
+        for (int i = 0; i < 2 * PARTS; i++)
+          staged_sums[i / 2][i % 2] = STAGED ? group_sums[i % 2][slot * PARTS + i / 2] : 0.0f;
+        multiply_codes<ROW_TILES, X_TILES, STAGED>(sums, weights[slot], constants[slot], x[x_slot], staged_sums);
       }
-      fetch(slot, unit_of(round + 1, slot));
-      if (!STAGED)
-        fetch_x(x_slot, X_AHEAD > 1 || slot + 1 == AHEAD ? unit_of(round + 1, X_AHEAD > 1 ? slot : 0)
-                                                         : unit_of(round, slot + 1));
+      fetch(slot, unit, slot + AHEAD);
+      if (!STAGED) fetch_x(x_slot, unit, slot + X_AHEAD);
     }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+      for (int half = 0; half < (FORMAT == 2 ? 1 : 2); half++) rows[r][half] += AHEAD * UNIT_BYTES;
+#pragma unroll
+    for (int c = 0; c < X_TILES; c++) x_rows[c] += AHEAD * 64 * X_LOADS;
+    group_sums[0] += AHEAD * PARTS;
+    group_sums[1] += AHEAD * PARTS;
   }
 
   Sum* all = reinterpret_cast<Sum*>(smem + at.sums);  // [warps][rows of x][STRIDE]
@@ -239,27 +261,25 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
   };
   for (int index = threadIdx.x; index < m * RESULTS; index += blockDim.x) {
     const int row = index / RESULTS, place = index % RESULTS;
-    const float x_scale = FORMAT != 1 ? 1.0f
-                          : STAGED    ? reinterpret_cast<const float*>(smem + at.scales)[row]
-                                      : a.x_scale[row];
+    const float factor = STAGED ? x_factor(smem, at, row, k, a.norm, a.eps) : 1.0f;
     const Ending<GATED> now = index == threadIdx.x ? ending : Ending<GATED>(a, first, RESULTS, index);
-    now.write(a, x_scale, add_up(row, place), GATED ? add_up(row, WIDTH / 2 + place) : Sum(0));
+    now.write(a, factor, add_up(row, place), GATED ? add_up(row, WIDTH / 2 + place) : Sum(0));
   }
 }
 
-// One row of x a block, normed and quantised once for all blocks of the product that follows.
+// One row of x a block, times the norm's weight and quantised once for all blocks of the product that follows.
 __global__ void prepare_kernel(const __grid_constant__ FewRowsArguments a, char* out, float* scales) {
   PYMLLM_SHARED(smem);
   launch_dependents();
   const int k = static_cast<int>(a.k), row = blockIdx.x;
   const Layout at = layout_of(k, 1, a.norm != nullptr);
-  fetch_gain(smem, at, a.norm, k);
+  bring_closer(a.norm, k);
   wait_for_previous();
-  stage(smem, at, static_cast<const char*>(a.x) + row * a.x_stride, 0, 1, k, a.norm, a.eps);
+  stage<false>(smem, at, static_cast<const char*>(a.x) + row * a.x_stride, 0, 1, k, a.norm);
   for (int chunk = threadIdx.x; chunk < k * X_BYTES / 16; chunk += blockDim.x)
     reinterpret_cast<uint4*>(out + static_cast<std::int64_t>(row) * k * X_BYTES)[chunk] =
         reinterpret_cast<const uint4*>(smem)[chunk];
-  if (FORMAT == 1 && threadIdx.x == 0) scales[row] = reinterpret_cast<const float*>(smem + at.scales)[0];
+  if (threadIdx.x == 0) scales[row] = x_factor(smem, at, 0, k, a.norm, a.eps);
 }
 
 int shared_bytes(const FewRowsArguments& a) {
@@ -311,7 +331,7 @@ PYMLLM_EXPORT int pymllm_few_rows(const FewRowsArguments* a, void* stream) {
 // Bytes of shared memory of a block, by m, k, norm, staged, row_tiles and warps, where `ahead` is 0.
 PYMLLM_EXPORT int pymllm_few_rows_shared_memory(const FewRowsArguments* a) { return shared_bytes(*a); }
 
-// norm(x), quantised where weights are int8, to out [M, K] and scales [M]; of `a`: m, k, x, x_stride, norm, eps, pdl.
+// x times the norm's weight, quantised where weights are int8, to out [M, K]; what it lacks to scales [M]. Of `a`: m, k, x, x_stride, norm, eps, pdl.
 PYMLLM_EXPORT int pymllm_few_rows_prepare(const FewRowsArguments* a, void* out, float* scales, void* stream) {
   const int k = static_cast<int>(a->k), threads = k >= 8192 ? 512 : k >= 2048 ? 256 : 128;
   return launch(prepare_kernel, dim3(static_cast<unsigned>(a->m)), threads, layout_of(k, 1, a->norm != nullptr).total,

@@ -17,6 +17,8 @@ __global__ void __launch_bounds__(256) one_row_kernel(const __grid_constant__ Fe
   const int n = static_cast<int>(a.n), k = static_cast<int>(a.k), bytes = k * X_BYTES;
   const int groups = (n + ROWS - 1) / ROWS, stride = gridDim.x * warps;
   const int steps = (bytes + 512 * AHEAD - 1) / (512 * AHEAD) * AHEAD;
+  const Layout at = layout_of(k, 1, a.norm != nullptr);
+  bring_closer(a.norm, k);
   const char* rows[MATRICES][ROWS];
   bool fetching;
   const auto set_rows = [&](int group) {
@@ -41,11 +43,9 @@ __global__ void __launch_bounds__(256) one_row_kernel(const __grid_constant__ Fe
 #pragma unroll
   for (int slot = 0; slot < AHEAD; slot++) fetch(slot, slot);
 
-  const Layout at = layout_of(k, 1, a.norm != nullptr);
-  fetch_gain(smem, at, a.norm, k);
   wait_for_previous();
-  stage(smem, at, static_cast<const char*>(a.x), 0, 1, k, a.norm, a.eps);
-  const float x_scale = FORMAT == 1 ? reinterpret_cast<const float*>(smem + at.scales)[0] : 1.0f;
+  stage<false>(smem, at, static_cast<const char*>(a.x), 0, 1, k, a.norm);
+  const float factor = x_factor(smem, at, 0, k, a.norm, a.eps);
 
   for (; group < groups; group += stride) {
     const Ending<GATED> ending(a, 0, n, lane < ROWS ? group * ROWS + lane : n);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(256) one_row_kernel(const __grid_constant__ Fe
         for (int apart = 16; apart > 0; apart /= 2) sum += across(sum, apart);
         if (lane == r) mine[up] = sum;
       }
-    ending.write(a, x_scale, mine[0], mine[MATRICES - 1]);
+    ending.write(a, factor, mine[0], mine[MATRICES - 1]);
   }
 }
 

@@ -12,10 +12,11 @@
 
 // ---- memory ----
 
-// Volatile, so that no load moves behind the wait; read once, so that the first-level cache is left alone.
+// Read once, so that the first-level cache is left alone. Relaxed and not `.nc`, although nobody writes there: ptxas
+// moves loads of the read-only path behind the wait, where they are of no use (tests/kernels/test_cuda_order.py).
 DEVICE uint4 load_once(const void* from) {
   uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(from));
   return value;
@@ -23,9 +24,11 @@ DEVICE uint4 load_once(const void* from) {
 
 DEVICE std::uint32_t load_word_once(const void* from) {
   std::uint32_t value;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from));
   return value;
 }
+
+DEVICE void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // What another kernel wrote: not through the read-only path.
 DEVICE uint4 load_shared_with_others(const void* from) {
