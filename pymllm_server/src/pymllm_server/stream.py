@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pymllm_server.errors import to_api_error
+from pymllm_server.errors import CLIENT_LEFT, to_api_error
 from pymllm_server.generation import Generation
 
 T = TypeVar("T")
@@ -125,10 +125,6 @@ def json_response(body: Any, headers: Mapping[str, str] | None = None) -> Respon
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     content = text.encode("utf-8", "replace")  # a stray surrogate shall not cost the answer
     return Response(content, headers=dict(headers or {}), media_type="application/json")
-
-
-CLIENT_LEFT = 499
-"""nginx's status for a client that closed the connection; only the log sees it."""
 
 
 def answer(body: Any | None, headers: Mapping[str, str]) -> Response:
