@@ -24,7 +24,7 @@ from pymllm_server.messages import template_messages, template_tools
 from pymllm_server.sampling import choices, off_loop, sampling_params
 from pymllm_server.schemas import ChatBody
 from pymllm_server.state import ServerState, server_state
-from pymllm_server.stream import ChunkWriter, EventStream, answer, collect
+from pymllm_server.stream import DONE, ChunkWriter, EventStream, answer, collect
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -119,23 +119,22 @@ async def _events(run: _Chat) -> AsyncGenerator[bytes, None]:
             pending[index] = []
         return writer.chunk(choice, run.usage() if continuous else None)
 
-    unfinished, end = len(run.assemblers), b""
-    yield b"".join(chunk(index, {"role": "assistant", "content": ""}) for index in range(len(run.assemblers)))
+    unfinished = len(run.assemblers)
+    events = b"".join(chunk(index, {"role": "assistant", "content": ""}) for index in range(unfinished))
     async for index, delta in run.generation.deltas():
         assembler = run.assemblers[index]
         run.tally.note(index, delta.usage)
         pending[index] += delta.logprobs or ()
-        chunks = [chunk(index, part) for part in assembler.feed(delta)]
+        events += b"".join([chunk(index, part) for part in assembler.feed(delta)])
         if delta.finish_reason is not None:
-            chunks.append(chunk(index, {}, assembler.finish_reason(delta)))
+            events += chunk(index, {}, assembler.finish_reason(delta))
             unfinished -= 1
-        if not unfinished:
-            end = b"".join(chunks)  # what comes after it comes at once
-        elif chunks:
-            yield b"".join(chunks)
+        if events and unfinished:
+            yield events
+            events = b""
     if include_usage:
-        end += writer.chunk(None, run.usage())
-    yield end
+        events += writer.chunk(None, run.usage())
+    yield events + DONE  # one write
 
 
 async def _whole(run: _Chat) -> dict[str, Any]:

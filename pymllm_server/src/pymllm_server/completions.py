@@ -24,7 +24,7 @@ from pymllm_server.logprobs import CompletionLogprobs
 from pymllm_server.sampling import choices, off_loop, sampling_params
 from pymllm_server.schemas import COMPLETION_MAX_TOKENS, MAX_CHOICES, CompletionBody
 from pymllm_server.state import ServerState, server_state
-from pymllm_server.stream import ChunkWriter, EventStream, answer, collect
+from pymllm_server.stream import DONE, ChunkWriter, EventStream, answer, collect
 
 router = APIRouter(route_class=BodyRoute)
 Prompt = str | list[int]
@@ -135,7 +135,7 @@ async def _events(run: _Completion) -> AsyncGenerator[bytes, None]:
             end = event  # what comes after it comes at once
     if include_usage:
         end += writer.chunk(None, run.tally.usage())
-    yield end
+    yield end + DONE
 
 
 async def _whole(run: _Completion) -> dict[str, Any]:

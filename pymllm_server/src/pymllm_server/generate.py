@@ -21,7 +21,7 @@ from pymllm_server.interface import Processor
 from pymllm_server.sampling import off_loop, sampling_params
 from pymllm_server.schemas import MAX_CHOICES, GenerateBody
 from pymllm_server.state import ServerState, server_state
-from pymllm_server.stream import EventStream, answer, collect, event
+from pymllm_server.stream import DONE, EventStream, answer, collect, event
 
 router = APIRouter(route_class=BodyRoute)
 _REASONS = {"stop": "eos", "length": "length", "abort": "abort"}
@@ -149,10 +149,12 @@ class _Answer:
 
 
 async def _events(generation: Generation, answers: list[_Answer]) -> AsyncGenerator[bytes, None]:
+    unfinished = len(answers)
     async for index, delta in generation.deltas():
         body = answers[index].add(delta, stream=True)
+        unfinished -= delta.finish_reason is not None
         if body is not None:
-            yield event(body)
+            yield event(body) if unfinished else event(body) + DONE
 
 
 async def _whole(generation: Generation, answers: list[_Answer], single: bool) -> Any:
