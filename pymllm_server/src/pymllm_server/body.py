@@ -103,7 +103,8 @@ class JsonRoute(APIRoute):
 class BodyRoute(JsonRoute):
     """A route of a function (body, request), which is called with the validated body and nothing between.
 
-    What FastAPI would do for dependencies, forms and responses of other kinds took a tenth of a request's time.
+    What FastAPI would do for dependencies, forms and responses of other kinds took a tenth of a request's time. So
+    dependencies are refused; those of `include_router` and of the app cannot be seen here, and must not be given.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -101,12 +101,15 @@ class Answer:
 
     async def _chunked(self) -> AsyncIterator[bytes]:
         """RFC 9112, 7.1: lines of a hexadecimal length, each followed by so many bytes; the last has length 0."""
-        rest = b""
+        rest, done = b"", False
         while True:
             data, at = [], 0
             while (line := rest.find(b"\r\n", at)) >= 0:
                 size = _size(rest[at:line])
                 end = line + 2 + size
+                if not size:
+                    # Trailers may follow (7.1.2), which were not asked for; an empty line ends them.
+                    done = rest.find(b"\r\n\r\n", line) >= 0
                 if not size or end + 2 > len(rest):
                     break
                 data.append(rest[line + 2 : end])
@@ -114,8 +117,7 @@ class Answer:
             rest = rest[at:]
             if data:
                 yield b"".join(data)
-            # No trailers were asked for (section 7.1.2).
-            if rest.startswith(b"0\r\n\r\n"):
+            if done:
                 self.complete = True
                 return
             more = await self._incoming.some()
@@ -126,10 +128,9 @@ class Answer:
 
 def _size(line: bytes) -> int:
     digits = line.partition(b";")[0].strip()
-    try:
-        return int(digits, 16)
-    except ValueError:
-        raise ProtocolError(f"a chunk begins with {digits[:20]!r}, which is no length") from None
+    if not digits or digits.strip(b"0123456789abcdefABCDEF"):
+        raise ProtocolError(f"a chunk begins with {digits[:20]!r}, which is no length")
+    return int(digits, 16)
 
 
 class Connections:
@@ -179,6 +180,9 @@ class Connections:
 
     async def aclose(self) -> None:
         """Close what is idle."""
-        for _, writer in self._idle:
-            writer.close()
+        writers = [writer for _, writer in self._idle]
         self._idle.clear()
+        for writer in writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
+        await asyncio.sleep(0)  # for those that were closed just before
