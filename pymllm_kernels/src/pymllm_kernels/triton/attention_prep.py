@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from pymllm_kernels.triton.launch import ceil_div, gpu, power_of_2
+from pymllm_kernels.triton.launch import ceil_div, gpu, name_the_compiler, power_of_2
 
 
 @triton.jit
@@ -93,6 +93,10 @@ def attention_prep_kernel(
 
 class TritonAttentionPrep:
     """`nn.ops.AttentionPrep`; the caches lie without gaps, a token after another."""
+
+    def __init__(self) -> None:
+        # Here, because every model with attention makes this node, before any weight is loaded.
+        name_the_compiler()
 
     def __call__(
         self,

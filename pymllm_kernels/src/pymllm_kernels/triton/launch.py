@@ -37,11 +37,6 @@ class Gpu:
 
 
 def _name_the_compiler() -> None:
-    """Let Triton work out the name of itself in its compile cache, which it keeps for all kernels.
-
-    It is a hash over the whole compiler, a third of a second in which the interpreter is free for others: for what
-    is loaded between the import of the kernels and the first launch.
-    """
     try:
         from triton.runtime.cache import triton_key
     except ImportError:  # it lies elsewhere in other versions, which then hash at the first launch
@@ -49,7 +44,18 @@ def _name_the_compiler() -> None:
     triton_key()
 
 
-threading.Thread(target=_name_the_compiler, name="pymllm-triton-key", daemon=True).start()
+@functools.cache
+def name_the_compiler() -> threading.Thread:
+    """Let Triton work out the name of itself in its compile cache, which it keeps for all kernels.
+
+    It is a hash over the whole compiler, a third of a second in which the interpreter is free for others: for what
+    is loaded between the making of the kernels' nodes and the first launch. Returns the thread that does it, of which
+    a process has one.
+    """
+    thread = threading.Thread(target=_name_the_compiler, name="pymllm-triton-key", daemon=True)
+    thread.start()
+    return thread
+
 
 _pretended: list[Gpu] = []
 
