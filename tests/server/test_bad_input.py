@@ -258,6 +258,21 @@ def test_engine_failure(serve, stream, n):
     server.wait(lambda: not server.state.in_flight)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT, {"messages": HI}), ("/v1/completions", {"prompt": "a"}), ("/generate", {"text": "a"})],
+)
+def test_a_failure_before_the_first_token_has_its_status(serve, path, body, n):
+    """Also in a stream, whose head waits for the first event."""
+    if n > 1:
+        body = {**body, "text": ["a", "b"]} if path == "/generate" else {**body, "n": n}
+    server = serve(FakeEngine("abcdef", fail_after=0))
+    response = server.client.post(path, json={**body, "stream": True})
+    assert "caught fire" in refused(response, 500)["message"]
+    server.wait(lambda: not server.state.in_flight)
+
+
 def test_a_bug_is_a_500_without_its_details(serve, caplog):
     engine = FakeEngine("ok")
     engine.processor.from_chat = lambda *args, **kwargs: 1 / 0

@@ -62,6 +62,19 @@ def test_leaving_aborts_within_a_second(serve, path, body, delay_s):
     assert max(when for _, when in server.engine.aborts) - left < 1.0
 
 
+@pytest.mark.parametrize("path", [CHAT, "/abort_request"])
+def test_leaving_amid_the_body(serve, caplog, path):
+    caplog.set_level("INFO")
+    server = serve()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        sock.sendall(head.encode() + b'{"messages"')
+        time.sleep(0.1)
+    server.wait(lambda: f"POST {path}" in caplog.text)
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    assert not server.engine.submitted
+
+
 def test_leaving_with_a_reset(serve):
     server = serve(FakeEngine("x" * 100_000, delay_s=0.001))
     sock = raw_post(server, CHAT, {"messages": HI, "stream": True})

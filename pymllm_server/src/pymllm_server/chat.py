@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pymllm_core.output import Delta, TokenLogprob
 from pymllm_server.accounting import Tally, debug_timing
 from pymllm_server.assemble import ChatAssembler, MessageBuilder
-from pymllm_server.body import JsonRoute
+from pymllm_server.body import BodyRoute
 from pymllm_server.errors import ApiError
 from pymllm_server.fields import ignored_header
 from pymllm_server.generation import Generation, new_id
@@ -23,10 +23,10 @@ from pymllm_server.logprobs import chat_logprobs
 from pymllm_server.messages import template_messages, template_tools
 from pymllm_server.sampling import choices, off_loop, sampling_params
 from pymllm_server.schemas import ChatBody
-from pymllm_server.state import ServerState, state_of
-from pymllm_server.stream import ChunkWriter, EventStream, answer, collect
+from pymllm_server.state import ServerState, server_state
+from pymllm_server.stream import DONE, ChunkWriter, EventStream, answer, collect
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=BodyRoute)
 
 
 @dataclass(slots=True)
@@ -46,10 +46,9 @@ class _Chat:
 
 
 @router.post("/v1/chat/completions", summary="Answer a chat")
-async def chat_completions(
-    body: ChatBody, http: Request, state: Annotated[ServerState, Depends(state_of)]
-) -> Response:
+async def chat_completions(body: ChatBody, http: Request) -> Response:
     """OpenAI's chat completions, streamed or not."""
+    state = server_state(http)
     ignored = body.ignored_fields()
     tools, more = template_tools(body.tools, body.tool_choice)
     messages = template_messages(body.messages)
@@ -120,23 +119,22 @@ async def _events(run: _Chat) -> AsyncGenerator[bytes, None]:
             pending[index] = []
         return writer.chunk(choice, run.usage() if continuous else None)
 
-    unfinished, end = len(run.assemblers), b""
-    yield b"".join(chunk(index, {"role": "assistant", "content": ""}) for index in range(len(run.assemblers)))
+    unfinished = len(run.assemblers)
+    events = b"".join(chunk(index, {"role": "assistant", "content": ""}) for index in range(unfinished))
     async for index, delta in run.generation.deltas():
         assembler = run.assemblers[index]
         run.tally.note(index, delta.usage)
         pending[index] += delta.logprobs or ()
-        chunks = [chunk(index, part) for part in assembler.feed(delta)]
+        events += b"".join([chunk(index, part) for part in assembler.feed(delta)])
         if delta.finish_reason is not None:
-            chunks.append(chunk(index, {}, assembler.finish_reason(delta)))
+            events += chunk(index, {}, assembler.finish_reason(delta))
             unfinished -= 1
-        if not unfinished:
-            end = b"".join(chunks)  # what comes after it comes at once
-        elif chunks:
-            yield b"".join(chunks)
+        if events and unfinished:
+            yield events
+            events = b""
     if include_usage:
-        end += writer.chunk(None, run.usage())
-    yield end
+        events += writer.chunk(None, run.usage())
+    yield events + DONE  # one write
 
 
 async def _whole(run: _Chat) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,7 +15,7 @@ from pymllm_core.output import Delta, TokenLogprob
 from pymllm_core.request import Request as EngineRequest
 from pymllm_core.request import SamplingParams
 from pymllm_server.accounting import Tally, debug_timing
-from pymllm_server.body import JsonRoute
+from pymllm_server.body import BodyRoute
 from pymllm_server.errors import ApiError
 from pymllm_server.fields import ignored_header
 from pymllm_server.generation import Generation, new_id
@@ -23,10 +23,10 @@ from pymllm_server.interface import Processor
 from pymllm_server.logprobs import CompletionLogprobs
 from pymllm_server.sampling import choices, off_loop, sampling_params
 from pymllm_server.schemas import COMPLETION_MAX_TOKENS, MAX_CHOICES, CompletionBody
-from pymllm_server.state import ServerState, state_of
-from pymllm_server.stream import ChunkWriter, EventStream, answer, collect
+from pymllm_server.state import ServerState, server_state
+from pymllm_server.stream import DONE, ChunkWriter, EventStream, answer, collect
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=BodyRoute)
 Prompt = str | list[int]
 
 
@@ -44,10 +44,9 @@ class _Completion:
 
 
 @router.post("/v1/completions", summary="Continue a text")
-async def completions(
-    body: CompletionBody, http: Request, state: Annotated[ServerState, Depends(state_of)]
-) -> Response:
+async def completions(body: CompletionBody, http: Request) -> Response:
     """OpenAI's completions, streamed or not; several prompts run together."""
+    state = server_state(http)
     ignored = body.ignored_fields()
     prompts: list[Prompt] = body.prompt
     n = body.n or 1
@@ -136,7 +135,7 @@ async def _events(run: _Completion) -> AsyncGenerator[bytes, None]:
             end = event  # what comes after it comes at once
     if include_usage:
         end += writer.chunk(None, run.tally.usage())
-    yield end
+    yield end + DONE
 
 
 async def _whole(run: _Completion) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from pymllm_core.errors import EngineError, QueueFullError, RequestError
 
 logger = logging.getLogger(__name__)
 
+CLIENT_LEFT = 499
+"""nginx's status for a client that closed the connection; only the log sees it."""
+
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -80,7 +83,7 @@ def to_api_error(error: BaseException) -> ApiError:
     if isinstance(error, EngineError):
         return ApiError(500, str(error), code="engine_error")
     if isinstance(error, RequestValidationError):
-        return _from_validation(error.errors())
+        return from_validation(error.errors())
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, _plain(error), headers=error.headers)
     logger.error("unexpected error", exc_info=error)
@@ -95,7 +98,7 @@ def _plain(error: HTTPException) -> str:
     return str(error.detail)
 
 
-def _from_validation(errors: Sequence[Any]) -> ApiError:
+def from_validation(errors: Sequence[Any]) -> ApiError:
     """The deepest complaint, because a union reports each of its branches. Never repeats the input."""
     chosen = max(errors, key=lambda item: len(item["loc"]))
     where = [str(part) for part in chosen["loc"] if not _is_branch(str(part))]

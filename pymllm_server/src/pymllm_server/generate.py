@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,27 +13,26 @@ from pymllm_core.errors import RequestError
 from pymllm_core.output import Delta
 from pymllm_core.request import Request as EngineRequest
 from pymllm_core.request import SamplingParams
-from pymllm_server.body import JsonRoute
+from pymllm_server.body import BodyRoute
 from pymllm_server.errors import ApiError
 from pymllm_server.fields import ignored_header
 from pymllm_server.generation import Generation, new_id, rid_in_use
 from pymllm_server.interface import Processor
 from pymllm_server.sampling import off_loop, sampling_params
 from pymllm_server.schemas import MAX_CHOICES, GenerateBody
-from pymllm_server.state import ServerState, state_of
-from pymllm_server.stream import EventStream, answer, collect, event
+from pymllm_server.state import ServerState, server_state
+from pymllm_server.stream import DONE, EventStream, answer, collect, event
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=BodyRoute)
 _REASONS = {"stop": "eos", "length": "length", "abort": "abort"}
 _MAX_RID = 200
 
 
 @router.post("/generate", summary="Continue texts or token ids")
 @router.put("/generate", operation_id="generate_put", summary="The same as POST")
-async def generate(
-    body: GenerateBody, http: Request, state: Annotated[ServerState, Depends(state_of)]
-) -> Response:
+async def generate(body: GenerateBody, http: Request) -> Response:
     """One answer for one prompt; for a list of prompts a list of answers, in order of completion."""
+    state = server_state(http)
     ignored = body.ignored_fields()
     prompts, single = _prompts(body)
     rids = _rids(body.rid, len(prompts), single)
@@ -150,10 +149,12 @@ class _Answer:
 
 
 async def _events(generation: Generation, answers: list[_Answer]) -> AsyncGenerator[bytes, None]:
+    unfinished = len(answers)
     async for index, delta in generation.deltas():
         body = answers[index].add(delta, stream=True)
+        unfinished -= delta.finish_reason is not None
         if body is not None:
-            yield event(body)
+            yield event(body) if unfinished else event(body) + DONE
 
 
 async def _whole(generation: Generation, answers: list[_Answer], single: bool) -> Any:

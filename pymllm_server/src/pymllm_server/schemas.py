@@ -140,15 +140,20 @@ def _prompts(value: Any) -> Any:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
-        if all(type(item) is int for item in value):
+        if _are_ints(value):
             return [_token_ids(value)]
         if all(isinstance(item, str) for item in value):
             return value
-        if all(isinstance(item, list) and item and all(type(i) is int for i in item) for item in value):
+        if all(isinstance(item, list) and item and _are_ints(item) for item in value):
             return [_token_ids(item) for item in value]
     raise ValueError(
         "must be a text, a list of texts, a list of token ids or a list of such lists, not empty"
     )
+
+
+def _are_ints(values: list[Any]) -> bool:
+    """Whether all are, and none is a bool; without a step of Python for each of what may be a million."""
+    return set(map(type, values)) == {int}
 
 
 def _token_ids(ids: list[int]) -> list[int]:

@@ -137,7 +137,12 @@ class ServerState:
         return not self._stopping.is_alive()
 
 
-async def state_of(http: Request) -> ServerState:
-    """The app's state, as a dependency. FastAPI would run a plain function on a thread, for every request."""
+def server_state(http: Request) -> ServerState:
+    """The state of the app that a request came to."""
     state: ServerState = http.app.state.server
     return state
+
+
+async def state_of(http: Request) -> ServerState:
+    """The same as a dependency. FastAPI would run a plain function on a thread, for every request."""
+    return server_state(http)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pymllm_server.errors import to_api_error
+from pymllm_server.errors import CLIENT_LEFT, to_api_error
 from pymllm_server.generation import Generation
 
 T = TypeVar("T")
@@ -68,6 +68,9 @@ async def _cancel(*tasks: asyncio.Task[Any]) -> None:
 class EventStream(Response):
     """Sends events until they end or the client leaves, then closes the generation, come what may.
 
+    events: the last one ends with `DONE`. The head goes with the first, so that the requests of a crowd reach the
+    engine before time is spent on answers, and an error before it has its status.
+
     Starlette's own StreamingResponse notices a client's leaving only on some ASGI versions, and does not
     close a generator that it never began.
     """
@@ -85,7 +88,7 @@ class EventStream(Response):
         self.init_headers({**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        producer = asyncio.create_task(self._produce(send))
+        producer = asyncio.create_task(self._produce(scope, receive, send))
         watcher = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({producer, watcher}, return_when=asyncio.FIRST_COMPLETED)
@@ -96,16 +99,23 @@ class EventStream(Response):
             await self.events.aclose()
             await self.generation.aclose()
 
-    async def _produce(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+    async def _produce(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
         try:
             async for data in self.events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": data, "more_body": not data.endswith(DONE)})
         except Exception as error:
+            refusal = to_api_error(error)
+            if not started:
+                await refusal.response()(scope, receive, send)
+                return
             # The status is sent already, so the error travels in the stream.
-            data = event(to_api_error(error).body())
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await send(
+                {"type": "http.response.body", "body": event(refusal.body()) + DONE, "more_body": False}
+            )
 
 
 async def collect(http: Request, generation: Generation, work: Coroutine[Any, Any, T]) -> T | None:
@@ -125,10 +135,6 @@ def json_response(body: Any, headers: Mapping[str, str] | None = None) -> Respon
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     content = text.encode("utf-8", "replace")  # a stray surrogate shall not cost the answer
     return Response(content, headers=dict(headers or {}), media_type="application/json")
-
-
-CLIENT_LEFT = 499
-"""nginx's status for a client that closed the connection; only the log sees it."""
 
 
 def answer(body: Any | None, headers: Mapping[str, str]) -> Response:

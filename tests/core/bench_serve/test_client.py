@@ -71,4 +71,4 @@ def test_nobody_there_is_an_error() -> None:
         async with LoadClient("http://127.0.0.1:9", common={}) as client:
             return await client.ask(Ask(workload.COMPLETIONS, {}))
 
-    assert asyncio.run(run()).error == "ConnectError"
+    assert asyncio.run(run()).error == "ConnectionRefusedError"

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from pymllm_core.bench.http import Answer, Connections, ProtocolError
 from pymllm_core.bench.workload import Ask
 
 
@@ -60,20 +61,15 @@ class LoadClient:
         self, url: str, *, api_key: str | None = None, timeout: float = 600.0, common: Mapping[str, Any]
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            headers=headers,
-            timeout=timeout,
-            # No limit here, or requests would wait in the client and seem quick.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,
-        )
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+        self._connections = Connections(url, headers, timeout)
         self._common = {"stream": True, "stream_options": {"include_usage": True}, **common}
 
     async def __aenter__(self) -> LoadClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._connections.aclose()
         await self._http.aclose()
 
     async def get(self, route: str) -> Any:
@@ -84,17 +80,19 @@ class LoadClient:
 
     async def ask(self, ask: Ask, due: float | None = None) -> Outcome:
         """One request to its end; whatever goes wrong is the outcome's error."""
-        body = {**self._common, **ask.body}
+        body = json.dumps({**self._common, **ask.body}).encode()
         outcome = Outcome(sent=time.perf_counter())
         outcome.late = 0.0 if due is None else outcome.sent - due
         try:
-            async with self._http.stream("POST", ask.route, json=body) as answer:
-                if answer.status_code != 200:
-                    await answer.aread()
-                    outcome.error = f"HTTP {answer.status_code}: {_message(answer)}"
-                else:
+            async with self._connections.post(ask.route, body) as answer:
+                if answer.status == 200:
                     await self._follow(answer, outcome)
-        except httpx.HTTPError as error:
+                else:
+                    whole = b"".join([piece async for piece in answer.pieces()])
+                    outcome.error = f"HTTP {answer.status}: {_message(whole)}"
+        except ProtocolError as error:
+            outcome.error = str(error)
+        except (OSError, asyncio.TimeoutError) as error:  # the latter's base before Python 3.11 is Exception
             outcome.error = type(error).__name__
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             outcome.error = f"an event is malformed: {type(error).__name__}: {error}"
@@ -103,7 +101,7 @@ class LoadClient:
             outcome.error = "the answer was empty"
         return outcome
 
-    async def _follow(self, answer: httpx.Response, outcome: Outcome) -> None:
+    async def _follow(self, answer: Answer, outcome: Outcome) -> None:
         done = False
         async for data in _events(answer):
             now = time.perf_counter()
@@ -175,17 +173,17 @@ def _says(choice: Mapping[str, Any]) -> bool:
     return any(texts)
 
 
-def _message(answer: httpx.Response) -> str:
+def _message(body: bytes) -> str:
     try:
-        return str(answer.json()["error"]["message"])
+        return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return answer.text[:200] or answer.reason_phrase
+        return body[:200].decode("utf-8", "replace")
 
 
-async def _events(answer: httpx.Response) -> AsyncIterator[bytes]:
+async def _events(answer: Answer) -> AsyncIterator[bytes]:
     """The data of server-sent events. By bytes: a text's lines may hold separators that are no line ends here."""
     rest = b""
-    async for data in answer.aiter_bytes():
+    async for data in answer.pieces():
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):

@@ -83,8 +83,8 @@ class Processor:
     ) -> Request:
         """A request of token ids. Raises RequestError for ids outside the vocabulary."""
         limit = self._plan.vocab_size
-        bad = next((token for token in ids if not 0 <= token < limit), None)
-        if bad is not None:
+        if ids and (min(ids) < 0 or max(ids) >= limit):
+            bad = next(token for token in ids if not 0 <= token < limit)
             raise RequestError(f"token id {bad} is outside the vocabulary of {limit}", param="prompt")
         return Request(request_id or new_id(), tuple(ids), params or self.sampling())
 
