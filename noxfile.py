@@ -218,6 +218,7 @@ def cuda_build(session: nox.Session) -> None:
     packages = Path(ask(session, "import sysconfig; print(sysconfig.get_path('purelib'))"))
     session.run(
         "pytest", f"--junitxml={REPORTS / 'cuda-build.xml'}", "tests/kernels/test_cuda_build.py",
+        "tests/kernels/test_cuda_order.py",
         env={
             "PYTHONPATH": None, "PYTHONSAFEPATH": "1", "PYMLLM_CUDA_BUILD": "all" if session.posargs else "smallest",
             # These, whatever else the machine has.

@@ -50,12 +50,16 @@ def test_groups(rows: int, group: int, zero_points: bool) -> None:
 
 
 ONE_ROW = [
-    Plan(row_tiles, warps, True, ahead, blocks)
-    for row_tiles, ahead in ((1, 2), (1, 8), (2, 4), (4, 2), (4, 4))
+    Plan(row_tiles, warps, True, ahead, blocks, closer)
+    for row_tiles, ahead in ((1, 2), (1, 8), (2, 4), (2, 5), (4, 2), (4, 4))
     for warps in (1, 8)
-    for blocks in (3, 999)
+    for blocks, closer in ((3, 2048), (999, 0))
 ]
-TILES = [Plan(r, w, staged) for r, w in ((1, 1), (1, 12), (2, 5), (2, 8), (4, 4)) for staged in (True, False)]
+TILES = [
+    Plan(r, w, staged, closer=512 if staged else 0)
+    for r, w in ((1, 1), (1, 12), (2, 5), (2, 8), (4, 4))
+    for staged in (True, False)
+]
 
 
 @pytest.mark.gpu

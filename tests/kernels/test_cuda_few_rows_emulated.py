@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -68,7 +69,11 @@ def test_more_rows(form: str, rows: int) -> None:
     check(form, rows, 33, k, seed=rows, residual=True, out_dtype=F32, plan=plan, device=CPU)
 
 
-TILES = [Plan(r, w, staged) for r, w in ((1, 1), (1, 12), (2, 8), (4, 4)) for staged in (True, False)]
+TILES = [
+    Plan(r, w, staged, closer=700 * r if staged else 0)
+    for r, w in ((1, 1), (1, 12), (2, 8), (4, 4))
+    for staged in (True, False)
+]
 
 
 @pytest.mark.parametrize("plan", TILES, ids=str)
@@ -89,9 +94,10 @@ def test_every_size_of_tiles(form: Format, plan: Plan) -> None:
 
 
 ONE_ROW = [
-    Plan(row_tiles, warps, True, ahead, blocks)
-    for row_tiles, ahead in ((1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (2, 8), (4, 2), (4, 4))
-    for warps, blocks in ((1, 3), (8, 999))
+    Plan(row_tiles, warps, True, ahead, blocks, closer)
+    for row_tiles, ahead in itertools.product((1, 2, 4), (2, 4, 5, 8))
+    if (row_tiles, ahead) != (4, 8)
+    for warps, blocks, closer in ((1, 3, 5000), (8, 999, 0))
 ]
 
 
@@ -214,7 +220,8 @@ EARLY = [
     (form, rows, plan)
     for form in FORMATS
     for rows, plan in (
-        (1, Plan(1, 2, True)), (3, Plan(2, 2, False)), (12, Plan(1, 1, False)), (1, Plan(2, 2, True, 4, 2))
+        (1, Plan(1, 2, True)), (3, Plan(2, 2, False)), (12, Plan(1, 1, False)), (1, Plan(2, 2, True, 4, 2)),
+        (1, Plan(1, 1, True, closer=1 << 16)), (1, Plan(2, 2, True, 2, 2, 1 << 16)),
     )
     if not plan.ahead or form.weights != "int4"
 ]  # fmt: skip

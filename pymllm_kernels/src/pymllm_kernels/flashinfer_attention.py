@@ -74,10 +74,10 @@ class FlashInferAttention:
         pages = _paged(kv.k, ctx.page_size), _paged(kv.v, ctx.page_size)
         if count == len(ctx.query_lens):
             return self._decodes.run(q, pages)
+        out = torch.empty_like(q) if ctx.out is None else ctx.out
         if not count:
-            result: Tensor = self._prefill.run(q, pages)
-            return result
-        out = torch.empty_like(q)
+            self._prefill.run(q, pages, out=out)
+            return out
         out[:count] = self._decodes.run(q[:count], pages)
         self._prefill.run(q[count:], pages, out=out[count:])
         return out

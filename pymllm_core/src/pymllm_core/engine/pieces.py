@@ -110,8 +110,12 @@ class PieceGraphs:
             step = partial(self._step, ctx=ctx, size=size, outputs=count)
             self._replays[size, count] = self._capture(step, out)
 
+        ctx.out = out[:tokens]
+
         def attend(q: Tensor, kv: LayerKV) -> Tensor:
-            out[:tokens] = self._attention.attend(q[:tokens], kv, ctx)
+            result = self._attention.attend(q[:tokens], kv, ctx)
+            if result.data_ptr() != out.data_ptr():
+                out[:tokens] = result
             return out
 
         return self._replays[size, count](attend)[:outputs]

@@ -44,7 +44,8 @@ class ForwardContext:
     backend has to read the device. page_size in tokens. output_rows: [R] int64, the rows whose hidden states
     are wanted after the last layer; None for all. captured: the pass is captured in a graph or replayed from
     one, each time with this very context. same_pages: the page table is what it was when a pass was last planned
-    with this context.
+    with this context. out: [T, num_heads, head_dim] without gaps, where given: memory in which `attend` may return its
+    result, which spares a copy.
     """
 
     positions: Tensor
@@ -61,6 +62,7 @@ class ForwardContext:
     output_rows: Tensor | None = None
     captured: bool = False
     same_pages: bool = False
+    out: Tensor | None = None
 
 
 class AttentionBackend(Protocol):

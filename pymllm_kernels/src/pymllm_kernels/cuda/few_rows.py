@@ -16,7 +16,13 @@ from pymllm_kernels.cuda.few_rows_library import (
     few_rows_kernels,
     parts_of,
 )
-from pymllm_kernels.cuda.few_rows_plan import SMALL, one_row_is_ours, one_row_plan, tiles_plan
+from pymllm_kernels.cuda.few_rows_plan import (
+    SMALL,
+    few_rows_are_ours,
+    one_row_is_ours,
+    one_row_plan,
+    tiles_plan,
+)
 from pymllm_kernels.cutlass.library import why_not_here
 from pymllm_kernels.cutlass.w8a8 import CutlassW8A8
 from pymllm_kernels.triton.launch import ceil_div, gpu
@@ -75,7 +81,7 @@ class PackedInt4:
 class CudaLinear:
     """`protocols.kernel.LinearKernel` for ``linear`` in bfloat16.
 
-    One row of some large weights, 2 to 8 rows of a small one; the rest is `TritonLinear`'s.
+    One row of some large weights, 2 to 8 rows of small ones and some others; the rest is `TritonLinear`'s.
     """
 
     fuses = TritonLinear.fuses
@@ -103,8 +109,9 @@ class CudaLinear:
         (rows, k), own, dtype = x.shape, packed.own, out_dtype or x.dtype
         assert self._kernels is not None
         sms, small = gpu(x.device).sms, own.weight.numel() * 2 < SMALL
-        large = not small and one_row_is_ours(own.n, k, sms)
-        if dtype not in _OUT or not (1 < rows <= 8 if small else rows == 1 and large):
+        few = small or few_rows_are_ours(own.n, k, sms, gated=own.gated)
+        ours = (1 < rows <= 8 and few) or (rows == 1 and not small and one_row_is_ours(own.n, k, sms))
+        if dtype not in _OUT or not ours:
             return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
         x, norm = normed(x, norm)
         if rows == 1:

@@ -74,6 +74,7 @@ class Arguments(ctypes.Structure):
         ("ahead", c_int32),
         ("warps", c_int32),
         ("blocks", c_int32),
+        ("closer", c_int32),
         ("pdl", c_int32),
     ]
 
@@ -89,7 +90,8 @@ class Plan:
     row_tiles: of 16 rows of the weight, a block has; with `ahead`: results, a warp has at a time. warps: of a block.
     staged: x is normed or quantised by each block, in shared memory, instead of once before. ahead: for one row
     of x and weights of 8 or 16 bits, the loads on their way for each result; 0: the tensor cores multiply.
-    blocks: at most, with `ahead`.
+    blocks: at most, with `ahead`. closer: bytes that a warp asks for while it waits for x, beyond those on their
+    way, for each of its tiles or results.
     """
 
     row_tiles: int
@@ -97,6 +99,7 @@ class Plan:
     staged: bool
     ahead: int = 0
     blocks: int = 1 << 30
+    closer: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +193,7 @@ class FewRows:
             arguments.out, arguments.out_float = out.data_ptr(), dtype == torch.float32
             arguments.gated, arguments.staged = operand.gated, plan.staged
             arguments.row_tiles, arguments.ahead = plan.row_tiles, plan.ahead
-            arguments.warps, arguments.blocks = plan.warps, plan.blocks
+            arguments.warps, arguments.blocks, arguments.closer = plan.warps, plan.blocks, plan.closer
             status = self._run(byref(arguments), stream)
         self._expect_success("product", m, operand.n, k, status)
         return out

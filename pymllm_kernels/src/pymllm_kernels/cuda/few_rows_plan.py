@@ -6,11 +6,17 @@ eight rows (benchmarks/results/gpu_few_rows.jsonl).
 
 from __future__ import annotations
 
+import dataclasses
+
 from pymllm_kernels.cuda.few_rows_library import UNIT, Plan
 from pymllm_kernels.triton.launch import ceil_div
 
 SMALL = 16 << 20
 """Bytes of a bfloat16 weight under which Triton's kernel for one row is faster, and ours for 2 to 8."""
+
+CLOSER = {"bfloat16": (1024, 0), "int8": (1024, 40), "int4": (512, 24)}
+"""While a block waits for x, its warps ask for so many bytes of each of their tiles or results beyond those on their
+way, where a weight has at least so many MiB. Twice as many are worse than none, and so is asking before the wait."""
 
 
 def one_row_is_ours(n: int, k: int, sms: int) -> bool:
@@ -21,28 +27,53 @@ def one_row_is_ours(n: int, k: int, sms: int) -> bool:
     return n >= 256 * sms or k % 2048 != 0
 
 
+def few_rows_are_ours(n: int, k: int, sms: int, *, gated: bool) -> bool:
+    """The same for 2 to 8 rows: Triton's blocks of 64 results would leave multiprocessors without work."""
+    return not gated and k < n < 64 * sms
+
+
+def closer(weights: str, size: int) -> int:
+    """What `CLOSER` says of a weight of `size` bytes."""
+    each, least = CLOSER[weights]
+    return each if size >= least << 20 else 0
+
+
 def one_row_plan(n: int, k: int, sms: int, *, gated: bool, bits: int) -> Plan:
     """For one row and weights of 8 or 16 bits: 512 bytes of a row of the weight at a time. n: results."""
     chunks = ceil_div(k * bits // 8, 512)
-    if bits == 8:
-        if chunks <= 4:
-            # Short rows: several of them for enough loads on their way.
-            return Plan(4, 4, staged=True, ahead=2 if gated or chunks <= 2 else 4)
-        if gated:
-            # One block a multiprocessor: what the next kernel asks for early has room beside it.
-            return Plan(2, 8, staged=True, ahead=8, blocks=sms)
-        return Plan(2, 8, staged=True, ahead=8)
+    plan = _int8_plan(n, chunks, sms, gated=gated) if bits == 8 else _bfloat16_plan(n, k, sms, gated=gated)
+    size = n * k * bits // 8 * (2 if gated else 1)
+    return dataclasses.replace(plan, closer=closer("int8" if bits == 8 else "bfloat16", size))
+
+
+def _bfloat16_plan(n: int, k: int, sms: int, *, gated: bool) -> Plan:
     if n >= 256 * sms:
         return Plan(4, 8, staged=True, ahead=2)
     if gated:
         return Plan(1, 8, staged=True, ahead=8, blocks=2 * sms) if k < 4096 else Plan(2, 8, True, 4, 4 * sms)
     if n > k:
-        return Plan(2, 8, staged=True, ahead=4)
+        # Five chunks of 512 bytes at a time where that fills every round.
+        return Plan(2, 8, staged=True, ahead=5 if k % 1280 == 0 else 4)
     return Plan(1, 8, staged=True, ahead=8)
+
+
+def _int8_plan(n: int, chunks: int, sms: int, *, gated: bool) -> Plan:
+    """chunks: of 512 bytes, of a row of the weight."""
+    if gated:
+        if chunks <= 2:
+            return Plan(2, 8, staged=True, ahead=2)
+        if chunks == 5:
+            return Plan(2, 8, staged=True, ahead=5, blocks=sms)
+        # One block a multiprocessor: what the next kernel asks for early has room beside it.
+        return Plan(4, 8, staged=True, ahead=4, blocks=sms)
+    if chunks <= 8 and n >= 31 * sms:
+        return Plan(4, 8, staged=True, ahead=4)
+    return Plan(2, 8 if n >= 16 * sms else 4, staged=True, ahead=8)
 
 
 def tiles_plan(rows: int, n: int, k: int, sms: int, *, gated: bool, normed: bool, weights: str) -> Plan:
     """For up to MAX_ROWS rows on the tensor cores. weights: a key of UNIT."""
+    units = k // UNIT[weights]
     if rows > 8:
         row_tiles, limit = 2, 8 if n <= 32 * sms else 4
     elif gated:
@@ -50,12 +81,14 @@ def tiles_plan(rows: int, n: int, k: int, sms: int, *, gated: bool, normed: bool
             (2, 8) if weights == "int4" and n < 64 * sms else (4, 4 if weights == "int4" else 8)
         )
     elif weights == "int4" and n >= 24 * sms and k < n:
-        row_tiles, limit = 2, 8
+        # As many small blocks as find room at once, or half as many.
+        row_tiles, limit = (2, 8) if k >= 4096 else (1, 8 if n <= 32 * sms else 6)
     else:
         row_tiles, limit = 1, 12
     # Each block would norm or quantise all rows: worth it for one, and where there is nothing of that to do.
     staged = rows == 1 or (rows <= 8 and not normed and weights == "bfloat16" and rows * k <= 1 << 15)
-    return Plan(row_tiles, _warps(k // UNIT[weights], limit), staged)
+    size = n * k * (2 if gated else 1) // 2  # of int4; nothing else has one row here
+    return Plan(row_tiles, min(units, limit), staged, closer=closer(weights, size) if rows == 1 else 0)
 
 
 def most_warps(rows: int, row_tiles: int, weights: str) -> int:
@@ -63,8 +96,3 @@ def most_warps(rows: int, row_tiles: int, weights: str) -> int:
     if weights == "int4" and row_tiles == 4:
         return 4 if rows <= 8 else 8 if rows <= 16 else 0
     return 12 if row_tiles == 1 and rows <= 8 else 8
-
-
-def _warps(units: int, limit: int) -> int:
-    """As many as leave none idle in the last round."""
-    return ceil_div(units, ceil_div(units, limit))

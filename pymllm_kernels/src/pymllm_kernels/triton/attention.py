@@ -70,7 +70,7 @@ class TritonAttention:
 
     def attend(self, q: Tensor, kv: LayerKV, ctx: ForwardContext) -> Tensor:
         q = q.contiguous()
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if ctx.out is None else ctx.out
         if ctx.num_decodes:
             self.decode(q, kv, ctx, out)
         if ctx.num_decodes < len(ctx.query_lens):

@@ -136,7 +136,11 @@ def many_rows(
     if residual is not None and packed.bias is None and not packed.gated and dtype == x.dtype:
         # In the residual's own memory, which the contract allows: no copy of it comes first.
         return residual.addmm_(x, packed.weight.t())
-    y = F.linear(x, packed.weight, packed.bias)
+    if dtype == torch.float32 != x.dtype and x.is_cuda and packed.bias is None and not packed.gated:
+        # As it is summed: not rounded to 16 bits and widened again, which takes longer than a product of few rows.
+        y = torch.mm(x, packed.weight.t(), out_dtype=dtype)
+    else:
+        y = F.linear(x, packed.weight, packed.bias)
     y = silu_mul(y, dtype) if packed.gated else y.to(dtype)
     return y if residual is None else y + residual
 

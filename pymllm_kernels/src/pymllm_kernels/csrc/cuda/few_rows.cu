@@ -165,7 +165,16 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
   for (int slot = 0; slot < AHEAD; slot++) fetch(slot, begin, slot);
 
   wait_for_previous();
-  if constexpr (STAGED) stage<FORMAT == 2>(smem, at, static_cast<const char*>(a.x), a.x_stride, m, k, a.norm);
+  // Between x and its use the memory would have nothing to do: what registers do not hold goes to the second-level cache.
+  const auto bring_units_closer = [&] {
+    if constexpr (FORMAT == 2) {
+      for (int offset = 128 * lane; offset < a.closer && begin + AHEAD + offset / UNIT_BYTES < end; offset += 4096)
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) prefetch_line(rows[r][0] - 16 * lane + AHEAD * UNIT_BYTES + offset);
+    }
+  };
+  if constexpr (STAGED)
+    stage<FORMAT == 2>(smem, at, static_cast<const char*>(a.x), a.x_stride, m, k, a.norm, bring_units_closer);
 
   // Columns of the product that no row of x belongs to repeat the last one, and are written nowhere.
   const char* x_rows[X_TILES];
@@ -275,7 +284,7 @@ __global__ void prepare_kernel(const __grid_constant__ FewRowsArguments a, char*
   const Layout at = layout_of(k, 1, a.norm != nullptr);
   bring_closer(a.norm, k);
   wait_for_previous();
-  stage<false>(smem, at, static_cast<const char*>(a.x) + row * a.x_stride, 0, 1, k, a.norm);
+  stage<false>(smem, at, static_cast<const char*>(a.x) + row * a.x_stride, 0, 1, k, a.norm, [] {});
   for (int chunk = threadIdx.x; chunk < k * X_BYTES / 16; chunk += blockDim.x)
     reinterpret_cast<uint4*>(out + static_cast<std::int64_t>(row) * k * X_BYTES)[chunk] =
         reinterpret_cast<const uint4*>(smem)[chunk];

@@ -43,6 +43,7 @@ struct FewRowsArguments {
   std::int32_t ahead;       // of one row of x, unless int4: loads on their way for each result; 0: as for several rows
   std::int32_t warps;       // of a block
   std::int32_t blocks;      // at most, each of which takes tiles in turn
+  std::int32_t closer;      // bytes of weights that a warp brings closer for each of its tiles or rows while it waits for x
   std::int32_t pdl;
 };
 
@@ -118,9 +119,9 @@ struct Staging {
   float sum = 0.0f, top = 0.0f;  // of squares; the largest magnitude
 };
 
-// A row of x, HELD chunks of 16 bytes a thread at a time; `from` is its begin.
-template <bool TILED, bool NORM>
-DEVICE void take_row(Staging& to, const char* from, const void* norm) {
+// A row of x, HELD chunks of 16 bytes a thread at a time; `from` is its begin. meanwhile: what can be done until they come.
+template <bool TILED, bool NORM, class Meanwhile>
+DEVICE void take_row(Staging& to, const char* from, const void* norm, const Meanwhile& meanwhile) {
   constexpr int HELD = NORM ? 2 : FORMAT == 2 ? 4 : 6;
   const int threads = blockDim.x, thread = threadIdx.x, chunks = to.k / 8;
   char* row = FORMAT == 1 ? to.smem + to.at.raw + to.row * 2 * to.k : to.smem + to.row * row_bytes(to.k);
@@ -135,6 +136,7 @@ DEVICE void take_row(Staging& to, const char* from, const void* norm) {
       held[i] = load_shared_with_others(from + 16 * chunk);
       if (NORM) gain[i] = load_once(static_cast<const char*>(norm) + 16 * chunk);
     }
+    if (to.row == 0 && base == 0) meanwhile();
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
       const int chunk = base + i * threads + thread;
@@ -199,17 +201,18 @@ DEVICE void quantise_row(char* smem, const Layout& at, int row, int k, const voi
 // The norm's factor is left to the end of the product (`x_factor`): so nothing waits for all of a row, unless it is
 // quantised, and a row's codes do not change when the row is scaled. TILED, of int4: columns in the order of the
 // fragments, and the sums of x by groups.
-template <bool TILED>
-DEVICE void stage(char* smem, const Layout& at, const char* x, std::int64_t stride, int rows, int k, const void* norm) {
+template <bool TILED, class Meanwhile>
+DEVICE void stage(char* smem, const Layout& at, const char* x, std::int64_t stride, int rows, int k, const void* norm,
+                  const Meanwhile& meanwhile) {
   float* scales = reinterpret_cast<float*>(smem + at.scales);
   float* parts = scales + MAX_STAGED;  // [2][32 warps][MAX_STAGED]
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
   for (int row = 0; row < rows; row++) {
     Staging to{smem, at, k, row};
     if (norm != nullptr)
-      take_row<TILED, true>(to, x + row * stride, norm);
+      take_row<TILED, true>(to, x + row * stride, norm, meanwhile);
     else
-      take_row<TILED, false>(to, x + row * stride, norm);
+      take_row<TILED, false>(to, x + row * stride, norm, meanwhile);
     if (FORMAT != 1 && norm == nullptr) continue;
 #pragma unroll
     for (int lane = 16; lane > 0; lane /= 2) {

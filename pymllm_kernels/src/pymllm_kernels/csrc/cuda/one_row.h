@@ -44,7 +44,22 @@ __global__ void __launch_bounds__(256) one_row_kernel(const __grid_constant__ Fe
   for (int slot = 0; slot < AHEAD; slot++) fetch(slot, slot);
 
   wait_for_previous();
-  stage<false>(smem, at, static_cast<const char*>(a.x), 0, 1, k, a.norm);
+  // Between x and its use the memory would have nothing to do: what registers do not hold, the rest of these rows and the
+  // next turn's, goes to the second-level cache.
+  const auto bring_rows_closer = [&] {
+    for (int offset = 128 * lane; offset < a.closer; offset += 4096) {
+      const bool here = 512 * AHEAD + offset < bytes;
+      const int turn = group + (here ? 0 : stride), at_byte = 512 * AHEAD + offset - (here ? 0 : max(bytes, 512 * AHEAD));
+      if (turn >= groups || at_byte >= bytes) break;
+#pragma unroll
+      for (int up = 0; up < MATRICES; up++)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+          prefetch_line(static_cast<const char*>(a.weight) + (min(turn * ROWS + r, n - 1) + up * n) * a.weight_stride +
+                        at_byte);
+    }
+  };
+  stage<false>(smem, at, static_cast<const char*>(a.x), 0, 1, k, a.norm, bring_rows_closer);
   const float factor = x_factor(smem, at, 0, k, a.norm, a.eps);
 
   for (; group < groups; group += stride) {
@@ -115,12 +130,15 @@ int choose_one_row(const FewRowsArguments& a, cudaStream_t stream) {
   switch (a.row_tiles * 16 + a.ahead) {
     case 16 + 2: return run_one_row<1, GATED, 2>(a, stream);
     case 16 + 4: return run_one_row<1, GATED, 4>(a, stream);
+    case 16 + 5: return run_one_row<1, GATED, 5>(a, stream);
     case 16 + 8: return run_one_row<1, GATED, 8>(a, stream);
     case 32 + 2: return run_one_row<2, GATED, 2>(a, stream);
     case 32 + 4: return run_one_row<2, GATED, 4>(a, stream);
+    case 32 + 5: return run_one_row<2, GATED, 5>(a, stream);
     case 32 + 8: return run_one_row<2, GATED, 8>(a, stream);
     case 64 + 2: return run_one_row<4, GATED, 2>(a, stream);
     case 64 + 4: return run_one_row<4, GATED, 4>(a, stream);
+    case 64 + 5: return run_one_row<4, GATED, 5>(a, stream);
     default: return kShape;
   }
 }

@@ -24,7 +24,7 @@ DEVICE uint4 load_once(const void* from) {
 
 DEVICE std::uint32_t load_word_once(const void* from) {
   std::uint32_t value;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from));
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
   return value;
 }
 
