@@ -14,7 +14,7 @@ from pymllm_kernels.triton.launch import ceil_div
 SMALL = 16 << 20
 """Bytes of a bfloat16 weight under which Triton's kernel for one row is faster, and ours for 2 to 8."""
 
-CLOSER = {"bfloat16": (1024, 0), "int8": (1024, 40), "int4": (512, 24)}
+CLOSER = {"bfloat16": (2048, 0), "int8": (0, 0), "int4": (512, 40)}
 """While a block waits for x, its warps ask for so many bytes of each of their tiles or results beyond those on their
 way, where a weight has at least so many MiB. Twice as many are worse than none, and so is asking before the wait."""
 
