@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pymllm_core.builtin.torch_attention import TorchAttention
 from pymllm_core.engine import pieces
 from pymllm_core.engine.engine import Engine
 from pymllm_core.engine.pieces import Attend, AttentionSeam, Step
 from pymllm_core.output import Completion, Delta
+from pymllm_core.protocols.attention import ForwardContext, LayerKV
 from pymllm_core.request import Request, SamplingParams
 from pymllm_core.testing.checkpoints import write_toy
 from pymllm_core.testing.engines import check_idle, complete, greedy, make_engine, prompts_of, run
@@ -81,6 +83,29 @@ def test_answers_do_not_depend_on_pieces(toy: Path, overlap: bool, radix: bool) 
     assert len(set(counter.captures)) >= 2
     assert len(counter.captures) == len(engine.runner._pieces._replays)  # type: ignore[union-attr]
     check_idle(engine)
+
+
+def test_attention_may_return_its_result_where_it_is_read(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"disable_radix_cache": True}
+    prompts = prompts_of([20, 33, 7])
+    expected = complete(make_engine(toy, **settings), prompts, greedy(4))
+    engine, counter = with_pieces(toy, **settings)
+    plainly, given = TorchAttention.attend, []
+
+    def attend(self: TorchAttention, q: Tensor, kv: LayerKV, ctx: ForwardContext) -> Tensor:
+        result = plainly(self, q, kv, ctx)
+        if ctx.out is None:
+            return result
+        given.append(ctx.out.shape == q.shape)
+        return ctx.out.copy_(result)
+
+    monkeypatch.setattr(TorchAttention, "attend", attend)
+    for _ in range(2):
+        got = complete(engine, prompts, greedy(4))
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+    assert counter.replays > 0
+    assert given
+    assert all(given)
 
 
 def test_a_size_is_captured_at_its_second_step(toy: Path) -> None:

@@ -57,7 +57,7 @@ def loads_before_the_wait(form: Format, nvdisasm: str, folder: Path) -> dict[str
 def test_weights_are_asked_for_before_the_wait(form: Format, nvdisasm: str, tmp_path: Path) -> None:
     found = loads_before_the_wait(form, nvdisasm, tmp_path)
     products = {name: count for name, count in found.items() if "prepare" not in name}
-    assert len(products) == (42 if form.weights != "int4" else 18)
+    assert len(products) == (38 if form.weights != "int4" else 18)
     for name, before in products.items():
         if one_row := re.search(r"one_row_kernelILi(\d)ELb([01])ELi(\d)E", name):
             rows, gated, ahead = map(int, one_row.groups())

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "few_rows.h"
+#include "staging.h"
 
 namespace {
 
@@ -130,7 +130,6 @@ int choose_one_row(const FewRowsArguments& a, cudaStream_t stream) {
   switch (a.row_tiles * 16 + a.ahead) {
     case 16 + 2: return run_one_row<1, GATED, 2>(a, stream);
     case 16 + 4: return run_one_row<1, GATED, 4>(a, stream);
-    case 16 + 5: return run_one_row<1, GATED, 5>(a, stream);
     case 16 + 8: return run_one_row<1, GATED, 8>(a, stream);
     case 32 + 2: return run_one_row<2, GATED, 2>(a, stream);
     case 32 + 4: return run_one_row<2, GATED, 4>(a, stream);
@@ -138,7 +137,6 @@ int choose_one_row(const FewRowsArguments& a, cudaStream_t stream) {
     case 32 + 8: return run_one_row<2, GATED, 8>(a, stream);
     case 64 + 2: return run_one_row<4, GATED, 2>(a, stream);
     case 64 + 4: return run_one_row<4, GATED, 4>(a, stream);
-    case 64 + 5: return run_one_row<4, GATED, 5>(a, stream);
     default: return kShape;
   }
 }
