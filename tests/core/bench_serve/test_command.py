@@ -89,7 +89,7 @@ def test_every_field_is_documented_and_nothing_else(bench: Any, repository: Path
         (["--extra-body", "[]"], 2, "--extra-body: found '[]', allowed: a JSON object"),
         (["--input-len", "x"], 2, "found the length 'x'"),
         (["--plot", "x.gnu"], 2, "allowed: .png, .svg, .pdf"),
-        (["--url", "http://127.0.0.1:9"], 1, "no server answers at http://127.0.0.1:9 (ConnectError"),
+        (["--url", "http://127.0.0.1:9"], 1, "no server answers at http://127.0.0.1:9 (ClientConnectorError"),
     ],
 )
 def test_mistakes_are_named(bench: Any, argv: list[str], code: int, message: str) -> None:

@@ -1,23 +1,28 @@
-"""The load client's HTTP: what httpx reads, however the bytes are cut; and what it says of broken answers."""
+"""What the load client sends, and what it says of answers that are broken, late or cut anywhere."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 from collections.abc import AsyncIterator, Sequence
 
-import httpx
 import pytest
 
-from pymllm_core.bench.client import LoadClient
-from pymllm_core.bench.http import Connections, ProtocolError
+from pymllm_core.bench.client import LoadClient, Outcome
 from pymllm_core.bench.workload import Ask
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-EVENTS = b"5\r\ndata:\r\n1B;name=value\r\n0\r\n\r\n and a long line of it\r\n3\r\n\xff\r\n\r\n0\r\n\r\n"
-WHOLE = b"HTTP/1.1 429 Too Many\r\ncontent-length: 11\r\nConnection: close\r\n\r\nhello\r\nworl"
-UNTIL_CLOSED = b"HTTP/1.0 200 OK\r\n\r\nwhatever comes\r\n\r\n"
+DATA = b"""data: {"choices": [{"text": "a"}]}
+
+data: {"choices": [{"text": "b"}], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+
+data: [DONE]
+
+"""
+EVENTS = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (DATA[:50], DATA[50:])) + b"0\r\n\r\n"
+REFUSED = b'HTTP/1.1 429 Too Many\r\nContent-Length: 34\r\nConnection: close\r\n\r\n{"error": {"message": "too many"}}'
 
 
 class Scripted:
@@ -67,109 +72,71 @@ class Scripted:
             writer.close()
 
 
-async def body_of(connections: Connections) -> tuple[int, bytes]:
-    async with connections.post("/path", b"{}") as answer:
-        return answer.status, b"".join([piece async for piece in answer.pieces()])
+async def asked(client: LoadClient) -> Outcome:
+    return await client.ask(Ask("/path", {"prompt": [1]}))
 
 
-def cut(data: bytes, seed: int) -> list[bytes]:
-    places = sorted(random.Random(seed).sample(range(1, len(data)), 8))
-    return [data[start:end] for start, end in zip([0, *places], [*places, len(data)], strict=True)]
-
-
-@pytest.mark.parametrize(
-    "answer", [CHUNKED + EVENTS, WHOLE, UNTIL_CLOSED], ids=["chunked", "length", "closed"]
-)
-def test_bodies_are_those_that_httpx_reads(answer: bytes) -> None:
+def test_answers_may_be_cut_anywhere() -> None:
     async def run() -> None:
-        ways = [[answer], *(cut(answer, seed) for seed in range(15))]
-        async with Scripted(*ways, [answer], pause=0.001).running() as server:
-            connections = Connections(server.url, {}, 5.0)
-            found = [await body_of(connections) for _ in ways]
-            await connections.aclose()
-            async with httpx.AsyncClient(trust_env=False) as client:
-                reference = await client.post(server.url + "/path", content=b"{}")
-        assert set(found) == {(reference.status_code, reference.content)}
-        assert len(reference.content) > 10
-
-    asyncio.run(run())
-
-
-def test_every_place_to_cut_a_chunked_answer() -> None:
-    """Two writes for each place; what a single read may bring is decided by the system, so this is not all there is."""
-
-    async def run() -> None:
-        answer = CHUNKED + EVENTS
-        ways = [[answer[:at], answer[at:]] for at in range(len(CHUNKED), len(answer))]
-        async with Scripted(*ways, pause=0.001).running() as server:
-            connections = Connections(server.url, {}, 5.0)
-            found = {await body_of(connections) for _ in ways}
-            await connections.aclose()
-        assert found == {(200, b"data:0\r\n\r\n and a long line of it\xff\r\n")}
-        assert server.accepted == 1
-
-    asyncio.run(run())
-
-
-def test_requests_say_where_they_go_and_connections_are_kept() -> None:
-    async def run() -> None:
-        async with Scripted(*[[CHUNKED + EVENTS]] * 3).running() as server:
-            connections = Connections(server.url + "/prefix/", {"Authorization": "Bearer k"}, 5.0)
-            for _ in range(3):
-                await body_of(connections)
-            assert server.accepted == 1
-            await connections.aclose()
-        host = server.url.removeprefix("http://")
-        expected = [
-            "POST /prefix/path HTTP/1.1",
-            f"Host: {host}",
-            "Content-Type: application/json",
-            "Authorization: Bearer k",
-            "Content-Length: 2",
-            "",
-            "{}",
+        whole = CHUNKED + EVENTS
+        places = [sorted(random.Random(seed).sample(range(1, len(whole)), 8)) for seed in range(15)]
+        ways = [
+            [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+            for cuts in places
         ]
-        assert server.requests == ["\r\n".join(expected).encode()] * 3
+        async with (
+            Scripted(*ways, pause=0.001).running() as server,
+            LoadClient(server.url, common={}) as client,
+        ):
+            for _ in ways:
+                outcome = await asked(client)
+                assert outcome.error is None
+                assert (len(outcome.pieces), outcome.output_tokens) == (2, 2)
+        assert server.accepted == 1, "the connection is kept"
 
     asyncio.run(run())
 
 
-def test_a_connection_that_the_server_closed_is_not_used_again() -> None:
+def test_requests_say_where_they_go() -> None:
     async def run() -> None:
-        # The answer is whole; then the server closes, as it does after some time without requests.
-        trailer = CHUNKED + EVENTS[:-2] + b"X: y\r\n\r\n"
-        async with Scripted([trailer], [WHOLE]).running() as server:
-            connections = Connections(server.url, {}, 5.0)
-            assert (await body_of(connections))[0] == 200
-            await asyncio.sleep(0.1)
-            assert (await body_of(connections))[0] == 429
-            assert server.accepted == 2
-            assert not connections._idle  # it said "Connection: close"
+        async with (
+            Scripted([CHUNKED + EVENTS]).running() as server,
+            LoadClient(server.url + "/prefix/", api_key="k", common={"model": "m"}) as client,
+        ):
+            await asked(client)
+        head, _, body = server.requests[0].partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        fields = {line.partition(":")[0].lower(): line.partition(":")[2].strip() for line in lines}
+        assert first == "POST /prefix/path HTTP/1.1"
+        assert fields["authorization"] == "Bearer k"
+        assert fields["content-type"] == "application/json"
+        assert fields["accept-encoding"] == "identity"
+        assert json.loads(body)["model"] == "m"
+        assert json.loads(body)["stream"] is True
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("answer", "error"),
     [
-        (b"", "the connection ended before an answer"),
-        (b"HTTP/1.1 200 OK\r\n", "the connection ended before an answer"),
-        (b"SSH-2.0-OpenSSH_9\r\n\r\n", "the answer begins with 'SSH-2.0-OpenSSH_9', which is no status line"),
-        (b"HTTP/1.1 200 OK\r\n" + b"x" * 600_000, "the answer's head is longer than 262144 bytes"),
-        (CHUNKED + b"5\r\nda", "the answer ended before its last chunk"),
-        (CHUNKED + b"zz\r\nda\r\n0\r\n", "a chunk begins with b'zz', which is no length"),
-        (CHUNKED + b"-1\r\nda\r\n0\r\n", "a chunk begins with b'-1', which is no length"),
-        (WHOLE[:-2], "the answer ended before its declared length"),
+        (b"", "ServerDisconnectedError"),
+        (b"SSH-2.0-OpenSSH_9\r\n\r\n", "ClientResponseError"),
+        (CHUNKED + b"5\r\nda", "ClientPayloadError"),
+        (REFUSED, "HTTP 429: too many"),
+        (REFUSED[:-9], "ClientPayloadError"),
     ],
 )
-def test_broken_answers_are_named(answer: bytes, message: str) -> None:
+def test_broken_answers_are_errors_of_their_request(answer: bytes, error: str) -> None:
+    """The next request of the same client finds a server that works."""
+
     async def run() -> None:
-        async with Scripted([answer]).running() as server:
-            connections = Connections(server.url, {}, 5.0)
-            with pytest.raises(ProtocolError) as caught:
-                await body_of(connections)
-            await connections.aclose()
-            assert str(caught.value) == message
+        async with (
+            Scripted([answer], [CHUNKED + EVENTS]).running() as server,
+            LoadClient(server.url, common={}) as client,
+        ):
+            assert (await asked(client)).error == error
+            assert (await asked(client)).error is None
 
     asyncio.run(run())
 
@@ -182,9 +149,9 @@ def test_silence_ends_in_a_timeout(answer: list[bytes]) -> None:
         server = Scripted([*answer, *[b""] * 20], pause=0.25)
         async with server.running(), LoadClient(server.url, timeout=0.4, common={}) as client:
             began = asyncio.get_running_loop().time()
-            outcome = await client.ask(Ask("/path", {}))
+            outcome = await asked(client)
             took = asyncio.get_running_loop().time() - began
-        assert outcome.error == "TimeoutError"
+        assert outcome.error == "SocketTimeoutError"
         assert 0.4 + 0.25 * (len(answer) - 1) - 0.01 <= took < 3
 
     asyncio.run(run())

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import httpx
+import aiohttp
 
-from pymllm_core.bench.http import Answer, Connections, ProtocolError
 from pymllm_core.bench.workload import Ask
 
 
@@ -55,28 +54,38 @@ class Outcome:
 
 
 class LoadClient:
-    """Sends requests to one server and times them. `common` goes into every body."""
+    """Sends requests to one server and times them, inside ``async with``.
+
+    common: goes into every body. timeout: seconds without a byte after which an answer has failed.
+    """
+
+    _http: aiohttp.ClientSession
 
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout: float = 600.0, common: Mapping[str, Any]
     ) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, trust_env=False)
-        self._connections = Connections(url, headers, timeout)
+        self._url = url.rstrip("/")
+        # Compressed, pieces would come when the compressor has enough of them.
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         self._common = {"stream": True, "stream_options": {"include_usage": True}, **common}
 
     async def __aenter__(self) -> LoadClient:
+        # No limit here, or requests would wait in the client and seem quick.
+        connector = aiohttp.TCPConnector(limit=0)
+        self._http = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=self._timeout)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._connections.aclose()
-        await self._http.aclose()
+        await self._http.close()
 
     async def get(self, route: str) -> Any:
-        """A JSON document of the server. Raises httpx.HTTPError."""
-        answer = await self._http.get(route)
-        answer.raise_for_status()
-        return answer.json()
+        """A JSON document of the server. Raises aiohttp.ClientError, ValueError and asyncio.TimeoutError."""
+        async with self._http.get(self._url + route, allow_redirects=False) as answer:
+            answer.raise_for_status()
+            return await answer.json(content_type=None)
 
     async def ask(self, ask: Ask, due: float | None = None) -> Outcome:
         """One request to its end; whatever goes wrong is the outcome's error."""
@@ -84,16 +93,13 @@ class LoadClient:
         outcome = Outcome(sent=time.perf_counter())
         outcome.late = 0.0 if due is None else outcome.sent - due
         try:
-            async with self._connections.post(ask.route, body) as answer:
+            async with self._http.post(self._url + ask.route, data=body, allow_redirects=False) as answer:
                 if answer.status == 200:
                     await self._follow(answer, outcome)
                 else:
-                    whole = b"".join([piece async for piece in answer.pieces()])
-                    outcome.error = f"HTTP {answer.status}: {_message(whole)}"
-        except ProtocolError as error:
-            outcome.error = str(error)
-        except (OSError, asyncio.TimeoutError) as error:  # the latter's base before Python 3.11 is Exception
-            outcome.error = type(error).__name__
+                    outcome.error = f"HTTP {answer.status}: {_message(await answer.read())}"
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            outcome.error = type(getattr(error, "os_error", error)).__name__
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             outcome.error = f"an event is malformed: {type(error).__name__}: {error}"
         outcome.ended = time.perf_counter()
@@ -101,7 +107,7 @@ class LoadClient:
             outcome.error = "the answer was empty"
         return outcome
 
-    async def _follow(self, answer: Answer, outcome: Outcome) -> None:
+    async def _follow(self, answer: aiohttp.ClientResponse, outcome: Outcome) -> None:
         done = False
         async for data in _events(answer):
             now = time.perf_counter()
@@ -180,10 +186,10 @@ def _message(body: bytes) -> str:
         return body[:200].decode("utf-8", "replace")
 
 
-async def _events(answer: Answer) -> AsyncIterator[bytes]:
+async def _events(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The data of server-sent events. By bytes: a text's lines may hold separators that are no line ends here."""
     rest = b""
-    async for data in answer.pieces():
+    async for data in answer.content.iter_any():
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):

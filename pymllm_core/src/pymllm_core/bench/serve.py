@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from pymllm_core.bench.client import LoadClient, Outcome
 from pymllm_core.bench.crowd import Crowd, Share
@@ -127,11 +128,10 @@ async def _identify(client: LoadClient, options: ServeOptions) -> tuple[str, Any
     """(the model's name, what the server says of itself or None)."""
     try:
         models = await client.get("/v1/models")
-    except httpx.HTTPStatusError as error:
-        status = error.response.status_code
-        hint = {401: "; give --api-key", 503: "; is it still loading?"}.get(status, "")
-        raise EngineError(f"{options.url}/v1/models answers HTTP {status}{hint}") from error
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except aiohttp.ClientResponseError as error:
+        hint = {401: "; give --api-key", 503: "; is it still loading?"}.get(error.status, "")
+        raise EngineError(f"{options.url}/v1/models answers HTTP {error.status}{hint}") from error
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
         raise EngineError(
             f"no server answers at {options.url} ({type(error).__name__}: {error}); start one with "
             "`pymllm serve MODEL`, or correct --url"
@@ -141,7 +141,7 @@ async def _identify(client: LoadClient, options: ServeOptions) -> tuple[str, Any
         raise EngineError(f"{options.url}/v1/models lists no model; name one with --model")
     try:
         server = await client.get("/server_info")
-    except (httpx.HTTPError, ValueError):
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
         server = None  # not one of ours
     return options.model or names[0], _digest(server)
 
