@@ -86,6 +86,20 @@ def test_rules_choose_what_is_compiled_and_fits(
     library.emulated_clear()
 
 
+def test_which_weights_are_asked_for_while_x_is_on_its_way() -> None:
+    """Layers of bfloat16, and gate and up of 8B in int4; neither an output head nor several rows."""
+    sms = 132
+    assert one_row_plan(6144, 2560, sms, gated=False, bits=16).closer == 2048
+    assert one_row_plan(151936, 4096, sms, gated=False, bits=16).closer == 0
+    assert one_row_plan(12288, 4096, sms, gated=True, bits=8).closer == 0
+
+    def of_int4(rows: int, n: int, k: int, gated: bool) -> int:
+        return tiles_plan(rows, n, k, sms, gated=gated, normed=True, weights="int4").closer
+
+    assert [of_int4(1, 12288, 4096, True), of_int4(2, 12288, 4096, True)] == [512, 0]
+    assert [of_int4(1, 9728, 2560, True), of_int4(1, 4096, 12288, False)] == [0, 0]
+
+
 @pytest.mark.parametrize("form", list(UNIT))
 @pytest.mark.parametrize("row_tiles", [1, 2, 4])
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])

@@ -1,7 +1,7 @@
 """How a product of few rows is launched: explicit rules over its shape, nothing tried at run time.
 
-They follow sweeps of 20 to 90 launches a shape on an H200, of the linears of Qwen3 0.6B, 4B and 8B at one and at
-eight rows (benchmarks/results/gpu_few_rows.jsonl).
+They follow decode steps of Qwen3 0.6B, 4B and 8B on an H200 in which one launch was changed
+(benchmarks/results/gpu_plans.jsonl), for several rows chains of like launches (benchmarks/results/gpu_few_rows.jsonl).
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ from pymllm_kernels.triton.launch import ceil_div
 SMALL = 16 << 20
 """Bytes of a bfloat16 weight under which Triton's kernel for one row is faster, and ours for 2 to 8."""
 
-CLOSER = {"bfloat16": (2048, 0), "int8": (0, 0), "int4": (512, 40)}
-"""While a block waits for x, its warps ask for so many bytes of each of their tiles or results beyond those on their
-way, where a weight has at least so many MiB. Twice as many are worse than none, and so is asking before the wait."""
+CLOSER_BFLOAT16, CLOSER_INT4, LARGE_INT4 = 2048, 512, 40 << 20
+"""While a block waits for x, its warps ask for so many bytes of each of their results or tiles beyond those on their
+way: of bfloat16, and of int4 weights that have at least LARGE_INT4 bytes. Twice as many are worse than none, and so is
+asking before the wait. int8 gains nothing by it, and the output head, which is read at the memory's rate anyway, may
+lose 2 %."""
+
+
+def is_head(n: int, sms: int) -> bool:
+    """Whether a product has as many results as only an output head has."""
+    return n >= 256 * sms
 
 
 def one_row_is_ours(n: int, k: int, sms: int) -> bool:
@@ -24,7 +31,7 @@ def one_row_is_ours(n: int, k: int, sms: int) -> bool:
 
     That one likes columns in blocks of 2048, and is slower at the output head.
     """
-    return n >= 256 * sms or k % 2048 != 0
+    return is_head(n, sms) or k % 2048 != 0
 
 
 def few_rows_are_ours(n: int, k: int, sms: int, *, gated: bool) -> bool:
@@ -32,22 +39,16 @@ def few_rows_are_ours(n: int, k: int, sms: int, *, gated: bool) -> bool:
     return not gated and k < n < 64 * sms
 
 
-def closer(weights: str, size: int) -> int:
-    """What `CLOSER` says of a weight of `size` bytes."""
-    each, least = CLOSER[weights]
-    return each if size >= least << 20 else 0
-
-
 def one_row_plan(n: int, k: int, sms: int, *, gated: bool, bits: int) -> Plan:
     """For one row and weights of 8 or 16 bits: 512 bytes of a row of the weight at a time. n: results."""
-    chunks = ceil_div(k * bits // 8, 512)
-    plan = _int8_plan(n, chunks, sms, gated=gated) if bits == 8 else _bfloat16_plan(n, k, sms, gated=gated)
-    size = n * k * bits // 8 * (2 if gated else 1)
-    return dataclasses.replace(plan, closer=closer("int8" if bits == 8 else "bfloat16", size))
+    if bits == 8:
+        return _int8_plan(n, ceil_div(k, 512), sms, gated=gated)
+    plan = _bfloat16_plan(n, k, sms, gated=gated)
+    return plan if is_head(n, sms) else dataclasses.replace(plan, closer=CLOSER_BFLOAT16)
 
 
 def _bfloat16_plan(n: int, k: int, sms: int, *, gated: bool) -> Plan:
-    if n >= 256 * sms:
+    if is_head(n, sms):
         return Plan(4, 8, staged=True, ahead=2)
     if gated:
         return Plan(1, 8, staged=True, ahead=8, blocks=2 * sms) if k < 4096 else Plan(2, 8, True, 4, 4 * sms)
@@ -87,8 +88,9 @@ def tiles_plan(rows: int, n: int, k: int, sms: int, *, gated: bool, normed: bool
         row_tiles, limit = 1, 12
     # Each block would norm or quantise all rows: worth it for one, and where there is nothing of that to do.
     staged = rows == 1 or (rows <= 8 and not normed and weights == "bfloat16" and rows * k <= 1 << 15)
-    size = n * k * (2 if gated else 1) // 2  # of int4; nothing else has one row here
-    return Plan(row_tiles, min(units, limit), staged, closer=closer(weights, size) if rows == 1 else 0)
+    large = weights == "int4" and n * k * (2 if gated else 1) // 2 >= LARGE_INT4
+    closer = CLOSER_INT4 if rows == 1 and large else 0
+    return Plan(row_tiles, min(units, limit), staged, closer=closer)
 
 
 def most_warps(rows: int, row_tiles: int, weights: str) -> int:
