@@ -42,6 +42,7 @@ pytestmark = pytest.mark.usefixtures("emulated_nodes")
         ("bfloat16", 2, 64, Plan(1, 13, False)),  # warps
         ("int4", 20, 128, Plan(4, 2, False)),  # not compiled
         ("int8", 1, 64, Plan(4, 2, True, 8)),  # loads
+        ("int4", 2, 128 * 1025, Plan(1, 2, False)),  # columns
     ],
 )
 def test_what_is_not_compiled_is_refused(form: str, rows: int, k: int, plan: Plan) -> None:

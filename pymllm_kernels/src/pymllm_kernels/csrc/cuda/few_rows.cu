@@ -27,6 +27,8 @@
 
 namespace {
 
+constexpr int MAX_CODE_UNITS = 1024;  // of a row of int4
+
 // Few enough that several blocks find registers on a multiprocessor: one computes while another waits.
 HOST_DEVICE constexpr int max_warps(int x_tiles, int row_tiles) {
   return x_tiles > 1 || row_tiles == 2 ? 8 : row_tiles == 1 ? 12 : FORMAT == 2 ? 4 : 8;
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
         rows[r][half] = weight + (min(row + 8 * half + g, n - 1) + (up ? n : 0)) * a.weight_stride + 16 * t;
     }
   }
-  // unit / units_per_group is unit * per_unit >> 20: exact while both are at most 1024.
+  // unit / units_per_group is unit * per_unit >> 20: exact while both are at most MAX_CODE_UNITS.
   const int shared_by = static_cast<int>(a.units_per_group);
   const int per_unit = FORMAT == 2 && PARTS == 1 ? ((1 << 20) + shared_by - 1) / shared_by : 0;
   uint4 weights[AHEAD][ROW_TILES][2];
@@ -273,6 +275,7 @@ int choose(const FewRowsArguments& a, cudaStream_t stream) {
 PYMLLM_EXPORT int pymllm_few_rows(const FewRowsArguments* a, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   if (a->k % UNIT || a->m < 1 || a->warps < 1 || a->blocks < 1) return kShape;
+  if (FORMAT == 2 && a->k / UNIT > MAX_CODE_UNITS) return kShape;
 #if PYMLLM_FORMAT != 2
   if (a->ahead && a->m == 1)
     return a->warps > 8 ? kShape : a->gated ? choose_one_row<true>(*a, on) : choose_one_row<false>(*a, on);
