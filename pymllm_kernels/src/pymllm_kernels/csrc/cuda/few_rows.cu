@@ -10,12 +10,12 @@
 // change when its inner dimension is permuted on both sides. So the k that a lane owns by the instruction's
 // definition, pairs that lie apart, are taken to be neighbours: lane (g, t) holds 16 bytes of row g, 16 of row
 // g + 8, and the same columns of x's row g. A unit is what one such pair of loads covers: UNIT columns of 16 rows.
-// The warps of a block take units of the same rows in turn; their sums are added in shared memory at the end.
+// Each warp of a block has a run of the units of the same rows; their sums are added in shared memory at the end.
 //
 // int4: word j (of 4) that lane t holds of unit u are the codes of columns 128 u + 32 j + 8 t + (0..7), lowest
 // first (`to_tiles` in cuda/few_rows.py packs them). `(word >> 4 i) & 0x000f000f | 0x43004300` are the bfloat16
-// numbers 128 + code of the columns i and i + 4; x is put in the same order by byte permutations. The 128 + 8 + zero
-// point that is too much leaves the sums of a group, which its scale multiplies in float32.
+// numbers 128 + code of the columns i and i + 4; x is put in the same order, once where a block holds it, else by each
+// warp. The 128 + 8 + zero point that is too much leaves the sums of a group, which its scale multiplies in float32.
 
 #include "multiply_codes.h"
 #include "staging.h"
@@ -46,7 +46,7 @@ HOST_DEVICE constexpr int rounds_ahead(int x_tiles, int row_tiles, bool staged) 
 }
 
 // X_TILES: tiles of 8 rows of x. ROW_TILES: tiles of 16 rows of W, where gated one half of them gate, one up.
-// STAGED: x lies in shared memory; otherwise it is read from global memory, normed and quantised already.
+// STAGED: x lies in shared memory; otherwise it is read from global memory, prepared where it has to be (`prepare_kernel`).
 template <int X_TILES, int ROW_TILES, bool GATED, bool STAGED>
 __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_blocks(X_TILES, ROW_TILES))
     few_rows_kernel(const __grid_constant__ FewRowsArguments a) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_bloc
   for (int slot = 0; slot < AHEAD; slot++) fetch(slot, begin, slot);
 
   wait_for_previous();
-  // Between x and its use the memory would have nothing to do: what registers do not hold goes to the second-level cache.
+  // While x is on its way the memory would have nothing to do: what registers do not hold goes to the second-level cache.
   const auto bring_units_closer = [&] {
     if constexpr (FORMAT == 2) {
       for (int offset = 128 * lane; offset < a.closer && begin + AHEAD + offset / UNIT_BYTES < end; offset += 4096)
@@ -290,7 +290,8 @@ PYMLLM_EXPORT int pymllm_few_rows(const FewRowsArguments* a, void* stream) {
 // Bytes of shared memory of a block, by m, k, norm, staged, row_tiles and warps, where `ahead` is 0.
 PYMLLM_EXPORT int pymllm_few_rows_shared_memory(const FewRowsArguments* a) { return shared_bytes(*a); }
 
-// x times the norm's weight, quantised where weights are int8, to out [M, K]; what it lacks to scales [M]. Of `a`: m, k, x, x_stride, norm, eps, pdl.
+// x times the norm's weight, quantised where weights are int8, to out [M, K]; what it lacks to scales [M].
+// Of `a`: m, k, x, x_stride, norm, eps, pdl.
 PYMLLM_EXPORT int pymllm_few_rows_prepare(const FewRowsArguments* a, void* out, float* scales, void* stream) {
   const int k = static_cast<int>(a->k), threads = k >= 8192 ? 512 : k >= 2048 ? 256 : 128;
   return launch(prepare_kernel, dim3(static_cast<unsigned>(a->m)), threads, layout_of(k, 1, a->norm != nullptr).total,

@@ -43,7 +43,7 @@ struct FewRowsArguments {
   std::int32_t ahead;       // of one row of x, unless int4: loads on their way for each result; 0: as for several rows
   std::int32_t warps;       // of a block
   std::int32_t blocks;      // at most, each of which takes tiles in turn
-  std::int32_t closer;      // bytes of weights that a warp brings closer for each of its tiles or rows while it waits for x
+  std::int32_t closer;      // bytes of each of its tiles or results that a warp brings closer while x is on its way
   std::int32_t pdl;
 };
 

@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(256) one_row_kernel(const __grid_constant__ Fe
   for (int slot = 0; slot < AHEAD; slot++) fetch(slot, slot);
 
   wait_for_previous();
-  // Between x and its use the memory would have nothing to do: what registers do not hold, the rest of these rows and the
-  // next turn's, goes to the second-level cache.
+  // While x is on its way the memory would have nothing to do: what registers do not hold, the rest of these rows and
+  // the next turn's, goes to the second-level cache.
   const auto bring_rows_closer = [&] {
     for (int offset = 128 * lane; offset < a.closer; offset += 4096) {
       const bool here = 512 * AHEAD + offset < bytes;
