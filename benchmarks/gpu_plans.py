@@ -119,6 +119,8 @@ def main() -> None:
     parser.add_argument("--closer", default="")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_plans.jsonl"))
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device, and torch sees none")
     step = Step(args.model)
     config = json.loads((args.model / "config.json").read_text())
     groups = config.get("quantization_config", {}).get("config_groups", {})

@@ -144,9 +144,12 @@ class Server:
             time.sleep(0.1)
 
     def spent(self) -> SimpleNamespace:
-        self.process.stdin.write("\n")  # type: ignore[union-attr]
-        self.process.stdin.flush()  # type: ignore[union-attr]
-        seconds, submitted = json.loads(self.process.stdout.readline())  # type: ignore[union-attr]
+        asking, answers = self.process.stdin, self.process.stdout
+        assert asking is not None
+        assert answers is not None
+        asking.write("\n")
+        asking.flush()
+        seconds, submitted = json.loads(answers.readline())
         return SimpleNamespace(seconds=seconds, submitted=submitted)
 
     def send(self, waves: int, tokens: int, seed: int) -> tuple[float, list[float]]:

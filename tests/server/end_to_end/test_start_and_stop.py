@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import time
 
 from served_program import HI, Program, require, tiny_flags
+
+
+@contextlib.contextmanager
+def streaming(program):
+    """The lines of an answer that goes on for long, after the first."""
+    body = {"messages": HI, "max_tokens": 7000, "ignore_eos": True, "stream": True}
+    with program.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        yield lines
 
 
 def test_interrupt_during_load(tiny_folder, tmp_path, own_process):
@@ -24,10 +35,7 @@ def test_interrupt_during_a_stream(tiny_folder, tmp_path, own_process):
     program = Program(tmp_path / "log", *tiny_flags(tiny_folder), *own_process)
     try:
         program.wait(200)
-        body = {"messages": HI, "max_tokens": 7000, "ignore_eos": True, "stream": True}
-        with program.client.stream("POST", "/v1/chat/completions", json=body) as response:
-            lines = (line for line in response.iter_lines() if line)
-            next(lines)
+        with streaming(program) as lines:
             os.killpg(program.process.pid, signal.SIGINT)
             assert list(lines)[-1] == "data: [DONE]"
         assert program.process.wait(6) == 0
@@ -41,10 +49,7 @@ def test_an_engine_that_dies_is_told_to_all(tiny_folder, tmp_path):
     program = Program(tmp_path / "log", *tiny_flags(tiny_folder), "--server.engine_process", "on")
     try:
         program.wait(200)
-        body = {"messages": HI, "max_tokens": 7000, "ignore_eos": True, "stream": True}
-        with program.client.stream("POST", "/v1/chat/completions", json=body) as response:
-            lines = (line for line in response.iter_lines() if line)
-            next(lines)
+        with streaming(program) as lines:
             os.kill(program.engine(), signal.SIGKILL)
             *_, error, done = lines
         assert done == "data: [DONE]"

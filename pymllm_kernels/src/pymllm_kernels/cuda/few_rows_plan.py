@@ -6,8 +6,6 @@ They follow decode steps of Qwen3 0.6B, 4B and 8B on an H200 in which one launch
 
 from __future__ import annotations
 
-import dataclasses
-
 from pymllm_kernels.cuda.few_rows_library import UNIT, Plan
 from pymllm_kernels.triton.launch import ceil_div
 
@@ -43,19 +41,19 @@ def one_row_plan(n: int, k: int, sms: int, *, gated: bool, bits: int) -> Plan:
     """For one row and weights of 8 or 16 bits: 512 bytes of a row of the weight at a time. n: results."""
     if bits == 8:
         return _int8_plan(n, ceil_div(k, 512), sms, gated=gated)
-    plan = _bfloat16_plan(n, k, sms, gated=gated)
-    return plan if is_head(n, sms) else dataclasses.replace(plan, closer=CLOSER_BFLOAT16)
+    return _bfloat16_plan(n, k, sms, gated=gated)
 
 
 def _bfloat16_plan(n: int, k: int, sms: int, *, gated: bool) -> Plan:
     if is_head(n, sms):
         return Plan(4, 8, staged=True, ahead=2)
     if gated:
-        return Plan(1, 8, staged=True, ahead=8, blocks=2 * sms) if k < 4096 else Plan(2, 8, True, 4, 4 * sms)
+        row_tiles, ahead, blocks = (1, 8, 2 * sms) if k < 4096 else (2, 4, 4 * sms)
+        return Plan(row_tiles, 8, True, ahead, blocks, CLOSER_BFLOAT16)
     if n > k:
         # Five chunks of 512 bytes at a time where that fills every round.
-        return Plan(2, 8, staged=True, ahead=5 if k % 1280 == 0 else 4)
-    return Plan(1, 8, staged=True, ahead=8)
+        return Plan(2, 8, True, 5 if k % 1280 == 0 else 4, closer=CLOSER_BFLOAT16)
+    return Plan(1, 8, True, 8, closer=CLOSER_BFLOAT16)
 
 
 def _int8_plan(n: int, chunks: int, sms: int, *, gated: bool) -> Plan:
