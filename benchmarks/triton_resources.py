@@ -19,10 +19,12 @@ import torch
 from gpu_timing import MODELS, Shape
 from torch import Tensor
 
+from pymllm_core.nn.step_ops import DecodeState
 from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, LayerKV
 from pymllm_kernels.triton.aot import Compiled, recorded
 from pymllm_kernels.triton.attention import TritonAttention
 from pymllm_kernels.triton.attention_prep import TritonAttentionPrep
+from pymllm_kernels.triton.greedy_step import TritonGreedyStep
 from pymllm_kernels.triton.launch import LEAST_SHARED, SHARED
 from pymllm_kernels.triton.linear import TritonLinear
 from pymllm_kernels.triton.w4a16 import TritonW4A16
@@ -86,6 +88,15 @@ def attention(shape: Shape, rows: int) -> None:
         backend.prepare_and_attend(qkv, angles, weight, weight, 1e-6, kv, ctx)
 
 
+def end_of_step(rows: int) -> None:
+    """The greedy choice among Qwen3's logits."""
+    numbers, lengths = nothing(rows, dtype=torch.int64), nothing(rows, dtype=torch.int32)
+    table, chosen = nothing(rows, 256, dtype=torch.int32), nothing(4, rows, dtype=torch.int64)
+    turn = nothing(1, dtype=torch.int32)
+    state = DecodeState(numbers, numbers, numbers, lengths, lengths, table, 16, chosen, turn)
+    TritonGreedyStep()(nothing(rows, 151936, dtype=torch.float32), state)
+
+
 def line(capability: tuple[int, int], model: str, rows: int, launch: Compiled) -> str:
     sizes = ", ".join(
         f"{name.lower().removeprefix('block_')} {launch.constants[name]}"
@@ -127,6 +138,8 @@ def main() -> None:
             with recorded(capability=capability, sms=SMS[capability]) as launches:
                 linears(MODELS[model], rows)
                 attention(MODELS[model], rows)
+                if rows <= 16:
+                    end_of_step(rows)
             seen = set()
             for launch in launches:
                 text = line(capability, model, rows, launch)

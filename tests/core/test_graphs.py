@@ -12,7 +12,8 @@ import torch
 
 from pymllm_core.engine import graphs
 from pymllm_core.engine.engine import Engine
-from pymllm_core.engine.graphs import DecodeGraphs, graph_sizes
+from pymllm_core.engine.graphs import TURNS, DecodeGraphs, graph_sizes
+from pymllm_core.nn.step_ops import DecodeState, TorchGreedyStep
 from pymllm_core.request import Request, SamplingParams
 from pymllm_core.testing.checkpoints import write_toy
 from pymllm_core.testing.engines import check_idle, complete, greedy, join, make_engine, run
@@ -25,6 +26,18 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     write_toy(folder)
     return folder
+
+
+class Reporting(TorchGreedyStep):
+    """Puts the tokens where the host finds them, as kernels of a device do."""
+
+    reports = True
+
+    def __call__(self, logits: torch.Tensor, state: DecodeState) -> None:
+        super().__call__(logits, state)
+        rows, turn = len(logits), int(state.turn)
+        state.chosen[turn % TURNS, :rows] = state.ids[:rows]
+        state.turn.add_(1)
 
 
 class Counter:
@@ -46,13 +59,15 @@ class Counter:
 
 
 def with_graphs(
-    folder: Path, sizes: tuple[int, ...], *, short_context: int = 0, **settings: Any
+    folder: Path, sizes: tuple[int, ...], *, short_context: int = 0, reports: bool = False, **settings: Any
 ) -> tuple[Engine, Counter]:
-    """An engine whose decode steps run over the buffers of graphs."""
+    """An engine whose decode steps run over the buffers of graphs. reports: see `GreedyStep`."""
     engine = make_engine(folder, max_running_requests=max(sizes), **settings)
     runner, counter = engine._runner, Counter()
     object.__setattr__(runner.config, "graph_sizes", sizes)
     runner._attention.short_context = short_context  # type: ignore[attr-defined]
+    if reports:
+        runner._greedy_step = Reporting()
     runner.capture(lambda done, total: None, capture=counter)
     # Nothing that padding reads may matter: what belongs to nobody is not a number.
     spare = runner.config.num_pages * runner.config.page_size
@@ -70,7 +85,10 @@ def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
 @pytest.mark.parametrize("radix", [False, True], ids=["chunk", "radix"])
 @pytest.mark.parametrize("pages", [None, 40], ids=["roomy", "tiny"])
-def test_answers_do_not_depend_on_graphs(toy: Path, overlap: bool, radix: bool, pages: int | None) -> None:
+@pytest.mark.parametrize("reports", [False, True], ids=["copied", "reported"])
+def test_answers_do_not_depend_on_graphs(
+    toy: Path, overlap: bool, radix: bool, pages: int | None, reports: bool
+) -> None:
     """Sequences of unlike lengths come and go, sampled in every way, with preemption where memory is tiny."""
     settings: dict[str, Any] = {
         "overlap": overlap,
@@ -91,7 +109,7 @@ def test_answers_do_not_depend_on_graphs(toy: Path, overlap: bool, radix: bool, 
         else:
             params.append(greedy(tokens, repetition_penalty=1.3, logprobs=2))
     plain = make_engine(toy, max_running_requests=6, **settings)
-    engine, counter = with_graphs(toy, (1, 2, 4, 6), **settings)
+    engine, counter = with_graphs(toy, (1, 2, 4, 6), reports=reports, **settings)
     for _ in range(2):  # the second time with prefixes in the cache
         expected, got = complete(plain, prompts, params), complete(engine, prompts, params)
         assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
@@ -128,20 +146,53 @@ def test_batches_with_enough_work_have_no_graphs_for_short_sequences(
     assert counter.replays["8 pages"] == 5
 
 
-def test_steady_steps_send_neither_ids_nor_tables(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, counter = with_graphs(toy, (1, 2, 4), overlap=True)
-    sent: list[int] = []
-    original = DecodeGraphs._send_ids
+def test_steady_steps_send_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No ids while the same sequences run, and no numbers but for new pages."""
+    engine, counter = with_graphs(toy, (1, 2, 4), overlap=True, reports=True, radix_cache_page_size=8)
+    sent: Counted[str] = Counted()
 
-    def count(self: DecodeGraphs, *args: Any) -> None:
-        sent.append(counter.replays["_step"])
-        original(self, *args)
+    def counted(name: str) -> Any:
+        original = getattr(DecodeGraphs, name)
 
-    monkeypatch.setattr(DecodeGraphs, "_send_ids", count)
-    complete(engine, prompts_of([3, 5, 7]), greedy(30))
+        def count(self: DecodeGraphs, *args: Any) -> None:
+            sent[name] += 1
+            original(self, *args)
+
+        return count
+
+    for name in ("_send_ids", "_send_numbers"):
+        monkeypatch.setattr(DecodeGraphs, name, counted(name))
+    expected = complete(make_engine(toy), prompts_of([3, 5, 7]), greedy(30))
+    got = complete(engine, prompts_of([3, 5, 7]), greedy(30))
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
     assert counter.replays["_step"] > 25
     # When the prompts are read, and when the number of sequences changes.
-    assert len(sent) <= 3
+    assert 1 <= sent["_send_ids"] <= 3
+    # 12 pages are filled, none of them in the same step as another.
+    assert sent["_send_ids"] < sent["_send_numbers"] <= 3 + 12
+
+
+def test_a_step_between_leaves_no_stale_positions(toy: Path) -> None:
+    """A prompt that comes late is computed beside the decodes, outside of the graphs; then the same sequences go on."""
+    prompts, late = prompts_of([4, 6]), prompts_of([9], seed=5)
+    plain = complete(make_engine(toy), [*prompts, *late], greedy(25))
+    engine, counter = with_graphs(toy, (1, 2, 4), overlap=True, reports=True, max_prefill_tokens=2)
+    for index, prompt in enumerate(prompts):
+        engine.add(Request(str(index), tuple(prompt), greedy(25)))
+    deltas: dict[str, list[Any]] = {"0": [], "1": [], "late": []}
+    steps = 0
+    while engine.has_work:
+        if steps == 12:
+            engine.add(Request("late", tuple(late[0]), greedy(25)))
+        if steps == 14:
+            engine.abort("late")
+        steps += 1
+        for delta in engine.step():
+            deltas[delta.request_id].append(delta)
+    for index in range(2):
+        assert join(deltas[str(index)]).token_ids == plain[index].token_ids
+    assert counter.replays["_step"] > 20
+    check_idle(engine)
 
 
 @pytest.mark.parametrize(

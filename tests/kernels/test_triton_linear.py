@@ -60,8 +60,10 @@ def check(
     # One rounding of the result. With several rows, one of x · gain; with many, cuBLAS between kernels
     # rounds the norm twice and the product once.
     roundings = (out.dtype != F32) + (rows > 1) * norm + (rows > linear.MAX_FEW_ROWS) * 2
-    # 1e-6 for float32 sums.
-    bound = 1e-6 + TINY[dtype] * roundings
+    # 1e-6 for float32 sums. Tensor cores cut off what they add, 16 columns at a time, instead of rounding it (Fasi,
+    # Higham, Mikaitis and Pranesh, PeerJ Computer Science 7:e330, 2021): all errors have one sign, and grow with K.
+    sums = 1e-6 if rows == 1 or DEVICE.type == "cpu" else 1e-6 + k / 16 * TINY[F32] / 2
+    bound = sums + TINY[dtype] * roundings
     assert rel_error(out, reference(x, weight, b, act, gain, r)) < bound
 
 

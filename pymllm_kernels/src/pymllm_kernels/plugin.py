@@ -22,12 +22,12 @@ def _cpu(**shape: ShapeRule) -> Needs:
 _ATTENTION = _cpu(head_dim=ShapeRule(multiple_of=2), same_kv_dtype=ShapeRule(one_of=(1,)))
 
 
-def _triton(**shape: ShapeRule) -> Needs:
+def _triton(dtypes: tuple[str, ...] = ("bfloat16", "float16"), **shape: ShapeRule) -> Needs:
     """What every Triton kernel needs, and the shapes that this one takes."""
     return Needs(
         devices=("cuda",),
         capability_min=(8, 0),
-        dtypes=("bfloat16", "float16"),
+        dtypes=dtypes,
         modules={"triton": "triton"},
         shape=shape,
     )
@@ -110,6 +110,8 @@ def _triton_kernels() -> list[KernelSpec]:
                 _triton(head_dim=ShapeRule(multiple_of=2)),
             ),
             ("moe_route", "moe_route:make_route", _triton()),
+            # Logits are float32, whatever the model computes in.
+            ("greedy_step", "greedy_step:TritonGreedyStep", _triton(("bfloat16", "float16", "float32"))),
             ("moe_experts", "moe:TritonExperts", _triton()),
             ("w4a16_moe_experts", "moe:TritonInt4Experts", _INTEGER_EXPERTS),
             ("w8a16_moe_experts", "moe:TritonInt8Experts", _INTEGER_EXPERTS),

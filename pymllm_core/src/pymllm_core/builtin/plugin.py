@@ -66,6 +66,9 @@ def pymllm_kernels() -> list[KernelSpec]:
             operation="attention_prep", name="torch", implementation=f"{kernels}:torch_attention_prep"
         ),
         KernelSpec(operation="moe_route", name="torch", implementation=f"{kernels}:torch_route"),
+        KernelSpec(
+            operation="greedy_step", name="torch", implementation="pymllm_core.nn.step_ops:TorchGreedyStep"
+        ),
         *(
             KernelSpec(operation=operation, name="one-by-one", implementation="pymllm_core.nn.moe:OneByOne")
             for operation in (

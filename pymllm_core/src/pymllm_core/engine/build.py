@@ -17,6 +17,7 @@ from pymllm_core.config import Settings
 from pymllm_core.device import describe_device
 from pymllm_core.engine.checkpoint import Checkpoint
 from pymllm_core.engine.choices import (
+    Kernels,
     attention_want,
     choose_attention,
     choose_kv_dtype,
@@ -38,6 +39,7 @@ from pymllm_core.engine.runner import Runner, RunnerConfig
 from pymllm_core.engine.scheduler import Scheduler, SchedulerLimits
 from pymllm_core.engine.status import Progress, ProgressCallback
 from pymllm_core.kv.pool import PagePool
+from pymllm_core.nn import ops
 from pymllm_core.nn.builder import Builder
 from pymllm_core.plan import Limits, Plan, divide_memory
 from pymllm_core.plugins import Registry
@@ -62,6 +64,7 @@ class Assembly:
     config: Mapping[str, Any]
     shape: ModelShape
     builder: Builder
+    kernels: Kernels
     model: Model
 
 
@@ -97,6 +100,7 @@ def assemble(
     want = Want(device, dtype)
     kv_dtype = choose_kv_dtype(settings, dtype)
     attention = choose_attention(registry, attention_want(device, settings, shape, dtype, kv_dtype), settings)
+    graph.kernels.choose(ops.GREEDY_STEP, {})
     cache = choose(
         registry,
         CachePolicySpec,
@@ -153,7 +157,7 @@ def assemble(
         ),
         notes=tuple(unused_settings(settings, device, dtype)),
     )
-    return Assembly(plan, config, shape, builder, graph.model)
+    return Assembly(plan, config, shape, builder, graph.kernels, graph.model)
 
 
 def build_engine(
@@ -233,6 +237,7 @@ def build_engine(
             shape,
             assembly.model,
             attention,
+            assembly.kernels(ops.GREEDY_STEP, {}),
         )
     runner.capture(lambda done, total: progress(Progress("capturing decode steps", done, total)))
     pool = PagePool(plan.memory.num_pages, page_size)

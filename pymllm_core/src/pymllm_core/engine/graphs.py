@@ -1,9 +1,10 @@
-"""Decode steps as CUDA graphs: one copy of a few numbers to the device, one replay, no launch from Python.
+"""Decode steps as CUDA graphs: one replay, no launch from Python.
 
 A graph holds a whole step of `size` sequences, from the token ids to the greedy choice, over buffers that
-never move. The chosen tokens are written where the next step reads its ids, so that as long as the same
-sequences run, a step needs nothing from the one before it. A batch that is smaller than its graph is filled
-up with rows that read and write the page of nobody.
+never move. Its last node (`nn.step_ops`) leaves in them what the next step of the same sequences reads, ids,
+positions and slots, and puts the tokens where the host finds them: as long as the same sequences run on pages that
+the device knows, nothing is copied between steps. A batch that is smaller than its graph is filled up with rows
+that read and write the page of nobody.
 
 Attention takes as many launches as the longest possible sequence needs, of which a short one leaves most without
 work. So small batches have a second graph, for sequences that fit a narrow page table, where the backend asks for it
@@ -18,6 +19,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from pymllm_core.engine.batch import Chunk
 from pymllm_core.engine.inputs import PageTables
 from pymllm_core.engine.pieces import borrow
 from pymllm_core.engine.sampler import Group, draw
+from pymllm_core.nn.step_ops import DecodeState, GreedyStep
 from pymllm_core.protocols.attention import AttentionBackend, ForwardContext, LayerKV
 from pymllm_core.protocols.model import Model
 
@@ -53,6 +56,9 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 CAPTURED_DRAWS = (0, 64)
 """The numbers of candidates (`sampler.Group`) for which sampling is captured."""
 
+TURNS = 4
+"""Steps whose tokens the host finds at one time; an engine reads a step's before it launches the next but one."""
+
 MAX_DRAW_BYTES = 256 << 20
 """What a captured draw may hold: one from the whole vocabulary takes four numbers in float64 for each logit."""
 
@@ -62,21 +68,32 @@ def draw_bytes(candidates: int, size: int, vocab_size: int) -> int:
     return 32 * size * (candidates or vocab_size)
 
 
+class StepResult(NamedTuple):
+    """tokens: [B] int64, the greedy ones; logits: [B, vocab] float32: valid until the next step is launched.
+
+    reported: [B] int64, where the host finds the tokens when the step is done; None where they have to be copied.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    reported: Tensor | None
+
+
 class _Host:
     """One set of pinned buffers: the numbers of a step and its page table."""
 
     def __init__(self, size: int, pages: int, cuda: bool) -> None:
-        # positions and slots (int64) and lengths (int32) in one piece: one copy instead of three.
-        self.numbers = torch.zeros(5 * size, dtype=torch.int32, pin_memory=cuda)
-        self.positions, self.slots, self.kv_lens = _views(self.numbers, size)
+        # positions and slots (int64), lengths and steps (int32) in one piece: one copy instead of four.
+        self.numbers = torch.zeros(6 * size, dtype=torch.int32, pin_memory=cuda)
+        self.positions, self.slots, self.kv_lens, self.steps = _views(self.numbers, size)
         self.table = torch.zeros((size, pages), dtype=torch.int32, pin_memory=cuda)
         self.ids = torch.zeros(size, dtype=torch.int64, pin_memory=cuda)
         self.draws = torch.zeros(size, dtype=torch.float64, pin_memory=cuda)
 
 
-def _views(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _views(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = numbers[: 4 * size].view(torch.int64)
-    return wide[:size], wide[size:], numbers[4 * size :]
+    return wide[:size], wide[size:], numbers[4 * size : 5 * size], numbers[5 * size :]
 
 
 class DecodeGraphs:
@@ -91,6 +108,7 @@ class DecodeGraphs:
         *,
         model: Model,
         attention: AttentionBackend,
+        greedy_step: GreedyStep,
         kv: list[LayerKV],
         pages: PageTables,
         page_size: int,
@@ -113,9 +131,24 @@ class DecodeGraphs:
         # Pages of the narrow table; 0: there is none.
         self._short = short if short < width else 0
         self.ids = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._numbers = torch.zeros(5 * largest, dtype=torch.int32, device=device)
-        self._positions, self._slots, self._kv_lens = _views(self._numbers, largest)
+        self._numbers = torch.zeros(6 * largest, dtype=torch.int32, device=device)
+        self._positions, self._slots, self._kv_lens, steps = _views(self._numbers, largest)
         self._table = torch.full((largest, width), self._spare, dtype=torch.int32, device=device)
+        self._greedy_step = greedy_step
+        self._state = DecodeState(
+            self.ids,
+            self._positions,
+            self._slots,
+            self._kv_lens,
+            steps,
+            self._table,
+            page_size,
+            torch.zeros((TURNS, largest), dtype=torch.int64, pin_memory=cuda),
+            torch.zeros(1, dtype=torch.int32, device=device),
+        )
+        # Steps launched, as the device counts them; the positions that it has for the next.
+        self._launched = 0
+        self._expected = np.zeros(0, np.int64)
         self._query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
         # Two sets: the copies of the step in flight may not have happened when the next is prepared.
         self._hosts = [_Host(largest, width, cuda) for _ in range(2)]
@@ -158,13 +191,15 @@ class DecodeGraphs:
             self._logits[key] = borrow(logits) if logits.is_cuda else logits
         if self.ids.is_cuda:
             torch.cuda.empty_cache()  # what the runs before the captures took
+        self._state.turn.zero_()
+        self._launched = 0
         progress(len(keys), len(keys))
 
-    def run(self, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> tuple[Tensor, Tensor]:
-        """Start a step. Returns the greedy tokens [B] int64 and the logits [B, vocab] float32.
+    def run(self, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> StepResult:
+        """Start a step.
 
-        Both are valid until the next call. earlier, where: the tokens of the step before, and which of them
-        belongs to a sequence's row: those that the host does not know yet are taken from there.
+        earlier, where: the tokens of the step before, and which of them belongs to a sequence's row: those that the
+        host does not know yet are taken from there.
         """
         count = len(chunks)
         size = self.sizes[bisect.bisect_left(self.sizes, count)]
@@ -176,27 +211,20 @@ class DecodeGraphs:
             news |= self._pages.learn(sequence)
         rows = np.fromiter((s.row for s in sequences), np.int64, count)
         positions = np.fromiter((chunk.start for chunk in chunks), np.int64, count)
-        numbers = (host.positions.numpy(), host.slots.numpy(), host.kv_lens.numpy())
-        pages = self._pages.table[rows, positions // self._page_size].astype(np.int64)
-        for array, values, padding in zip(
-            numbers,
-            (positions, pages * self._page_size + positions % self._page_size, positions + 1),
-            (0, self._spare * self._page_size, 1),
-            strict=True,
-        ):
-            array[:count] = values
-            array[count:size] = padding
-        self._numbers.copy_(host.numbers, non_blocking=True)
         steady = (
             size == self._key[0]
             and earlier.data_ptr() == self.ids.data_ptr()
             and all(chunk.from_device for chunk in chunks)
             and len(self._order) == count
             and all(one is other for one, other in zip(self._order, sequences, strict=True))
+            and np.array_equal(positions, self._expected)
         )
+        self._expected = positions + 1
         same_pages = steady and not news
         width = int(positions.max()) // self._page_size + 1
         if not same_pages:
+            # The slots that the device has worked out came from the table as it was.
+            self._send_numbers(host, rows, positions, size)
             host.table[:count, :width].copy_(torch.from_numpy(self._pages.table[rows, :width]))
             host.table[count:size, :width] = self._spare
             self._table[:size, :width].copy_(host.table[:size, :width], non_blocking=True)
@@ -205,10 +233,13 @@ class DecodeGraphs:
             self._send_ids(host, chunks, earlier, where)
         key = self._key = (size, size <= SHORT_SIZES and width <= self._short)
         ctx = self._contexts[key]
-        ctx.kv_lens_host, ctx.same_pages = numbers[2][:size].tolist(), same_pages
+        ctx.kv_lens_host, ctx.same_pages = [*(positions + 1).tolist(), *[1] * (size - count)], same_pages
         self._attention.plan(ctx)
         self._replays[key]()
-        return self.ids[:count], self._logits[key][:count]
+        turn = self._launched % TURNS
+        self._launched += 1
+        reported = self._state.chosen[turn, :count] if self._greedy_step.reports else None
+        return StepResult(self.ids[:count], self._logits[key][:count], reported)
 
     def draws(self, group: Group) -> bool:
         """Whether sampling of this kind is captured."""
@@ -231,6 +262,20 @@ class DecodeGraphs:
                 parameter[:count] = column
         self._draw_replays[group.candidates, self._key]()
         return self.ids[:count]
+
+    def _send_numbers(self, host: _Host, rows: np.ndarray, positions: np.ndarray, size: int) -> None:
+        count, page_size = len(rows), self._page_size
+        pages = self._pages.table[rows, positions // page_size].astype(np.int64)
+        for numbers, values, padding in (
+            (host.positions, positions, 0),
+            (host.slots, pages * page_size + positions % page_size, self._spare * page_size),
+            (host.kv_lens, positions + 1, 1),
+            (host.steps, 1, 0),
+        ):
+            array = numbers.numpy()
+            array[:count] = values
+            array[count:size] = padding
+        self._numbers.copy_(host.numbers, non_blocking=True)
 
     def _send_ids(self, host: _Host, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> None:
         ids = host.ids.numpy()
@@ -266,9 +311,8 @@ class DecodeGraphs:
         )
 
     def _step(self, ctx: ForwardContext, size: int) -> Tensor:
-        ids = self.ids[:size]
-        logits = self._model.logits(self._model.forward(ids, ctx))
-        torch.argmax(logits[:, : self._vocab_size], dim=-1, out=ids)
+        logits = self._model.logits(self._model.forward(self.ids[:size], ctx))
+        self._greedy_step(logits[:, : self._vocab_size], self._state)
         return logits
 
     def _draw_step(self, candidates: int, logits: Tensor) -> Tensor:

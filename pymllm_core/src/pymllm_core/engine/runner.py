@@ -22,6 +22,7 @@ from pymllm_core.engine.pieces import PieceGraphs
 from pymllm_core.engine.sampler import Sampler, SamplerOutput, uniform
 from pymllm_core.engine.sequence import Sequence
 from pymllm_core.nn.memory import zeros_on_demand
+from pymllm_core.nn.step_ops import GreedyStep
 from pymllm_core.output import TokenLogprob
 from pymllm_core.protocols.attention import AttentionBackend, ForwardContext, LayerKV
 from pymllm_core.protocols.model import Model, ModelShape
@@ -60,23 +61,25 @@ class Sampled:
 
 
 class Launched:
-    """A step on its way. `read` may be called once."""
+    """A step on its way. `read` may be called once, before `graphs.TURNS` more steps are launched."""
 
     def __init__(self, sequences: list[Sequence], output: SamplerOutput | None, device: torch.device) -> None:
         self._sequences = sequences
         self._output = output
         self._event: torch.cuda.Event | None = None
-        if device.type != "cuda":
-            if output is not None:
-                # The next step may choose into the same buffer before this one is read.
-                output.tokens = output.tokens.clone()
-            return
+        cuda = device.type == "cuda"
         if output is not None:
-            output.tokens = _to_host(output.tokens)
-            if output.logprobs is not None:
+            if output.reported is not None:
+                output.tokens = output.reported
+            else:
+                # Also on a CPU: the next step may choose into the same buffer before this one is read.
+                output.tokens = _to_host(output.tokens) if cuda else output.tokens.clone()
+            if cuda and output.logprobs is not None:
                 output.logprobs = _to_host(output.logprobs)
-            if output.top_logprobs is not None and output.top_ids is not None:
+            if cuda and output.top_logprobs is not None and output.top_ids is not None:
                 output.top_logprobs, output.top_ids = _to_host(output.top_logprobs), _to_host(output.top_ids)
+        if not cuda:
+            return
         # Also where nothing was sampled: input buffers are written again once the step was read.
         self._event = torch.cuda.Event()
         self._event.record()
@@ -115,11 +118,17 @@ class Runner:
     """Owns the KV tensors and the input buffers."""
 
     def __init__(
-        self, config: RunnerConfig, shape: ModelShape, model: Model, attention: AttentionBackend
+        self,
+        config: RunnerConfig,
+        shape: ModelShape,
+        model: Model,
+        attention: AttentionBackend,
+        greedy_step: GreedyStep,
     ) -> None:
         self.config = config
         self._model = model
         self._attention = attention
+        self._greedy_step = greedy_step
         self._sampler = Sampler(min(config.vocab_size, shape.vocab_size), config.max_rows, config.device)
         # The page after the last belongs to nobody: padding tokens are written there.
         slots = (config.num_pages + 1) * config.page_size
@@ -156,6 +165,7 @@ class Runner:
             config.graph_sizes,
             model=self._model,
             attention=self._attention,
+            greedy_step=self._greedy_step,
             kv=self.kv,
             pages=self._pages,
             page_size=config.page_size,
@@ -197,9 +207,9 @@ class Runner:
         # `pending` counts the token being sampled here already.
         indices = [s.num_generated + s.pending - 1 for s in sequences]
         if self._graphs is not None and self._graphs.fits(chunks):
-            tokens, logits = self._graphs.run(chunks, self._tokens, self._where)
+            tokens, logits, reported = self._graphs.run(chunks, self._tokens, self._where)
             if self._sampler.chooses_best(sequences):
-                output = SamplerOutput(tokens)
+                output = SamplerOutput(tokens, reported=reported)
             elif (group := self._sampler.common_group(sequences)) and self._graphs.draws(group):
                 numbers = [uniform(s.seed, i) for s, i in zip(sequences, indices, strict=True)]
                 output = SamplerOutput(self._graphs.draw(group, numbers))

@@ -30,12 +30,16 @@ def uniform(seed: int, index: int) -> float:
 
 @dataclass(slots=True)
 class SamplerOutput:
-    """tokens: [R] int64. logprobs of the chosen tokens [R] and of the best `top` [R, top], if asked for."""
+    """tokens: [R] int64. logprobs of the chosen tokens [R] and of the best `top` [R, top], if asked for.
+
+    reported: the tokens where the host will find them when the step is done, if the step itself puts them there.
+    """
 
     tokens: Tensor
     logprobs: Tensor | None = None
     top_logprobs: Tensor | None = None
     top_ids: Tensor | None = None
+    reported: Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ operation           tensors given to `pack`
 ``moe_experts``     those of ``linear`` for all experts, see `protocols.kernel.ExpertsKernel`; likewise
                     ``w4a16_moe_experts``, ``w8a16_moe_experts`` and ``w8a8_moe_experts``.
                     ``mixed_moe_experts``: experts that are stored unlike, which only linears can serve
+``greedy_step``     none; see `step_ops`
 ==================  =============================================================================
 
 Dimensions by which kernels are chosen, beside ``K`` and ``N``. ``w4a16_linear``, ``w8a16_linear``:
@@ -43,6 +44,7 @@ W8A16_LINEAR = "w8a16_linear"
 W8A8_LINEAR = "w8a8_linear"
 MOE_ROUTE = "moe_route"
 MIXED_EXPERTS = "mixed_moe_experts"
+GREEDY_STEP = "greedy_step"
 EXPERTS_OF = {
     LINEAR: "moe_experts",
     W4A16_LINEAR: "w4a16_moe_experts",
@@ -50,7 +52,7 @@ EXPERTS_OF = {
     W8A8_LINEAR: "w8a8_moe_experts",
 }
 """The operation of experts whose linears are of this one."""
-OPERATIONS = (*EXPERTS_OF, ATTENTION_PREP, MOE_ROUTE, *EXPERTS_OF.values(), MIXED_EXPERTS)
+OPERATIONS = (*EXPERTS_OF, ATTENTION_PREP, MOE_ROUTE, *EXPERTS_OF.values(), MIXED_EXPERTS, GREEDY_STEP)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
