@@ -45,6 +45,9 @@ class Embedding:
         self.weight = tensor.to(device=device, dtype=self._slot.dtype)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
+        if input_ids.is_cuda and len(input_ids) > 1:
+            # Its kernel copies whole rows: 1.6 us for 8 of them on an H200, where F.embedding takes 4.6.
+            return self.weight[input_ids]
         return F.embedding(input_ids, self.weight)
 
 

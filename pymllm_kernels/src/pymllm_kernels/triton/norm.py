@@ -6,15 +6,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from pymllm_kernels.triton.launch import ceil_div, power_of_2
+from pymllm_kernels.triton.launch import ceil_div, gpu, power_of_2
 
 
 @triton.jit
-def rms_norm_kernel(x, weight, out, x_stride, eps, K: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(x, weight, out, x_stride, eps, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < K
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     wide = tl.load(x + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / K + eps)
     dtype = out.dtype.element_ty
@@ -30,10 +34,13 @@ def silu(x):
 
 
 @triton.jit
-def silu_mul_kernel(x, out, x_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def silu_mul_kernel(x, out, x_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < COLUMNS
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     gate = tl.load(x + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x + row * x_stride + COLUMNS + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * COLUMNS + cols, (silu(gate) * up).to(out.dtype.element_ty), mask=mask)
@@ -45,7 +52,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     block = power_of_2(columns)
     warps = min(max(block // 512, 1), 16)
-    rms_norm_kernel[(rows,)](x, weight, out, x.stride(0), eps, columns, block, num_warps=warps)
+    pdl = gpu(x.device).pdl
+    rms_norm_kernel[(rows,)](
+        x, weight, out, x.stride(0), eps, columns, block, PDL=pdl, num_warps=warps, launch_pdl=pdl
+    )
     return out
 
 
@@ -54,5 +64,8 @@ def silu_mul(x: Tensor, dtype: torch.dtype) -> Tensor:
     rows, columns = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, columns), dtype=dtype, device=x.device)
     block = min(power_of_2(columns), 2048)
-    silu_mul_kernel[(rows, ceil_div(columns, block))](x, out, x.stride(0), columns, block, num_warps=4)
+    pdl = gpu(x.device).pdl
+    silu_mul_kernel[(rows, ceil_div(columns, block))](
+        x, out, x.stride(0), columns, block, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
     return out
