@@ -1,7 +1,7 @@
 // csrc/cuda/warp.h on the CPU: runs the very kernel that nvcc compiles, one fiber for each thread of a cluster.
 //
-// Strict where a GPU may be kind by chance: shared memory starts as NaN, an asynchronous copy arrives only when it is
-// waited for, and threads that wait for each other for ever are reported. It knows nothing of memory ordering.
+// Strict where a GPU may be kind by chance: shared memory starts as NaN, an asynchronous copy takes what is there when
+// it is asked for and arrives only when it is waited for, and threads that wait for each other for ever are reported. It knows nothing of memory ordering.
 #pragma once
 
 #include <ucontext.h>
@@ -32,8 +32,7 @@ namespace emulated {
 
 struct Copy {
     void* to;
-    const void* from;
-    bool valid;
+    unsigned char bytes[16];
 };
 
 struct Barrier {
@@ -71,6 +70,9 @@ inline Cluster* cluster;
 
 // Called by each thread that waits for the kernel before.
 inline void (*on_wait)();
+
+// Called for each asynchronous copy: whether it may read 16 bytes from there.
+inline bool (*may_copy)(const void* from);
 
 inline void yield() { swapcontext(&cluster->fibers[cluster->current].context, &cluster->scheduler); }
 
@@ -236,6 +238,12 @@ inline void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
     }
 }
 
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+    const auto rows = emulated::gather(row);
+    const int lane = emulated::lane();
+    for (int i = 0; i < 4; ++i) r[i] = static_cast<const uint32_t*>(rows[8 * i + lane / 4])[lane % 4];
+}
+
 inline void load_transposed(uint32_t (&r)[4], const void* row) {
     const auto rows = emulated::gather(row);
     const int lane = emulated::lane();
@@ -261,7 +269,9 @@ inline std::vector<std::vector<emulated::Copy>>& copies() {
 }
 
 inline void copy_async(void* shared, const void* global, bool valid) {
-    copies().back().push_back({shared, global, valid});
+    emulated::Copy copy{shared, {}};
+    if (valid && (!emulated::may_copy || emulated::may_copy(global))) std::memcpy(copy.bytes, global, 16);
+    copies().back().push_back(copy);
 }
 
 inline void copy_commit() { copies().emplace_back(); }
@@ -270,8 +280,7 @@ template <int kLeft>
 inline void copy_wait() {
     auto& groups = copies();  // the last one is not committed yet
     while (static_cast<int>(groups.size()) - 1 > kLeft) {
-        for (const auto& copy : groups.front())
-            copy.valid ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+        for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.bytes, 16);
         groups.erase(groups.begin());
     }
 }

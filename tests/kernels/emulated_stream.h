@@ -1,20 +1,22 @@
 // csrc/cuda/stream.h on the CPU, and the names of CUDA that the linear nodes of few rows use as they are.
 //
-// A launch runs its blocks one after another. Strict beyond emulated_cuda.h: what the kernel before wrote appears
+// A launch runs its blocks one after another, those of a cluster together. Strict beyond emulated_cuda.h: what the kernel before wrote appears
 // only when the first thread waits for it, and a load that is not aligned, or beside the memory that a test allows,
 // makes the launch fail.
 #pragma once
 
 #include "emulated_cuda.h"
 
+#include <utility>
+
 #define PYMLLM_EXPORT extern "C"
-#define PYMLLM_SHARED(name) char* const name = reinterpret_cast<char*>(emulated::shared_of(0))
+#define PYMLLM_SHARED(name) char* const name = reinterpret_cast<char*>(emulated::shared_of(emulated::rank()))
 #define __global__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define threadIdx (emulated::Index{static_cast<unsigned>(emulated::cluster->current)})
+#define threadIdx (emulated::Index{static_cast<unsigned>(emulated::cluster->current % emulated::cluster->threads)})
 #define blockDim (emulated::Index{static_cast<unsigned>(emulated::cluster->threads)})
-#define blockIdx (emulated::Index{emulated::block})
+#define blockIdx (emulated::Index{emulated::block + emulated::rank()})
 #define gridDim (emulated::Index{emulated::blocks})
 
 struct uint2 { uint32_t x, y; };
@@ -41,7 +43,11 @@ struct Span {
     const char *begin, *end;
 };
 
-inline unsigned block, blocks;
+inline unsigned block, blocks;  // the first one of those that run now, and all
+
+// In its cluster, of the block that runs now.
+inline unsigned rank() { return static_cast<unsigned>(cluster->current / cluster->threads); }
+
 inline int launches;
 inline bool waited;
 inline bool dry;
@@ -65,6 +71,15 @@ inline T loaded(const void* from) {
     else
         std::memcpy(&value, from, sizeof(T));
     return value;
+}
+
+// Whether a copy may read 16 bytes, as for a load.
+inline bool copy_allowed(const void* from) {
+    const int before = std::exchange(fault, 0);
+    loaded<uint4>(from);
+    if (fault) return false;
+    fault = before;
+    return true;
 }
 
 inline void arrive() {
@@ -138,21 +153,28 @@ inline int across(int value, int mask) { return emulated::exchange(value, emulat
 constexpr int kCuda = 1000;
 
 template <typename... Parameters>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, bool, cudaStream_t,
-           Parameters... arguments) {
+int launch_clusters(void (*kernel)(Parameters...), dim3 grid, int cluster, int threads, int shared, bool, cudaStream_t,
+                    Parameters... arguments) {
     emulated::shared_asked = shared;
     emulated::threads_asked = threads;
-    if (!grid.x || threads % 32 || threads < 32 || threads > 1024 || shared > 227 << 10)
+    if (!grid.x || grid.x % cluster || threads % 32 || threads < 32 || threads > 1024 || shared > 227 << 10)
         return kCuda + emulated::kInvalidValue;
     if (emulated::dry) return 0;
     emulated::fault = 0;
     emulated::on_wait = emulated::arrive;
+    emulated::may_copy = emulated::copy_allowed;
     emulated::waited = false;
     emulated::blocks = grid.x;
-    for (emulated::block = 0; emulated::block < grid.x; ++emulated::block)
-        emulated::run(1, threads, shared, [&](int, int) { kernel(arguments...); });
+    for (emulated::block = 0; emulated::block < grid.x; emulated::block += cluster)
+        emulated::run(cluster, threads, shared, [&](int, int) { kernel(arguments...); });
     ++emulated::launches;
     return emulated::fault ? kCuda + emulated::fault : 0;
+}
+
+template <typename... Parameters>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, bool pdl, cudaStream_t stream,
+           Parameters... arguments) {
+    return launch_clusters(kernel, grid, 1, threads, shared, pdl, stream, arguments...);
 }
 
 // ---- CUDA's own ----

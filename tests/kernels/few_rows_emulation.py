@@ -19,16 +19,22 @@ SOURCES = Path(few_rows.__file__).parent.parent / "csrc" / "cuda"
 
 
 class Emulation:
-    """The libraries of all formats, compiled when they are first asked for."""
+    """The libraries of all formats, and that of some rows, compiled when they are first asked for."""
 
     def __init__(self, folder: Path, compiler: str) -> None:
         self._folder, self._compiler = folder, compiler
-        self._libraries: dict[Format, ctypes.CDLL] = {}
+        self._libraries: dict[str, ctypes.CDLL] = {}
 
     def library(self, form: Format) -> ctypes.CDLL:
-        if form not in self._libraries:
-            target = self._folder / f"{form.name}.so"
-            macros = (f"-DPYMLLM_FORMAT={list(UNIT).index(form.weights)}", f"-DPYMLLM_PARTS={form.parts}")
+        macros = (f"-DPYMLLM_FORMAT={list(UNIT).index(form.weights)}", f"-DPYMLLM_PARTS={form.parts}")
+        return self._compiled(form.name, "few_rows.cu", macros)
+
+    def some_rows(self) -> ctypes.CDLL:
+        return self._compiled("some_rows", "some_rows.cu", ())
+
+    def _compiled(self, name: str, source: str, macros: tuple[str, ...]) -> ctypes.CDLL:
+        if name not in self._libraries:
+            target = self._folder / f"{name}.so"
             flags = (
                 "-std=c++17",
                 "-O1",
@@ -39,14 +45,23 @@ class Emulation:
                 "-fno-gnu-unique",
             )
             places = (f"-I{SOURCES}", f"-I{HERE}", "-DPYMLLM_EMULATED")
-            source = SOURCES / "few_rows.cu"
-            command = (self._compiler, *flags, *macros, *places, "-x", "c++", source, "-o", target)
+            command = (
+                self._compiler,
+                *flags,
+                *macros,
+                *places,
+                "-x",
+                "c++",
+                str(SOURCES / source),
+                "-o",
+                str(target),
+            )
             subprocess.run(command, check=True)
-            self._libraries[form] = library = ctypes.CDLL(str(target))
+            self._libraries[name] = library = ctypes.CDLL(str(target))
             library.emulated_allows.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
             library.emulated_arrives.argtypes = [ctypes.c_int, *(ctypes.c_void_p,) * 2, ctypes.c_size_t]
-        self._libraries[form].emulated_clear()
-        return self._libraries[form]
+        self._libraries[name].emulated_clear()
+        return self._libraries[name]
 
 
 @pytest.fixture(scope="session")

@@ -96,6 +96,15 @@ def test_few_rows_of_every_format_compile(repository: Path, tmp_path: Path, capa
     assert [row["tile"] for row in rows] == [form.name for form in FORMATS]
 
 
+@pytest.mark.usefixtures("nvcc")
+@pytest.mark.parametrize("capability", CAPABILITIES if ASKED == "all" else CAPABILITIES[-1:])
+def test_some_rows_compile(repository: Path, tmp_path: Path, capability: str) -> None:
+    """Twenty seconds each."""
+    (row,) = compiled(repository, tmp_path, "--kernels", "some_rows", "--capabilities", capability)
+    assert (row["capability"], row["tile"], row["kernels"]) == (capability, "bfloat16", 56)
+    assert row["spill_stores"] == row["spill_loads"] == 0
+
+
 def test_written_table_has_every_format(repository: Path) -> None:
     text = (repository / "docs" / "reference" / "cuda-kernels.md").read_text()
     cells = [line.split(" | ") for line in text.splitlines() if "| `few_rows` |" in line]

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from pymllm_kernels.cuda import some_rows_library
 from pymllm_kernels.cuda.few_rows_library import Format, recipe
-from pymllm_kernels.recipe import KernelBuildError
+from pymllm_kernels.recipe import KernelBuildError, Recipe
 
 ASKED = os.environ.get("PYMLLM_CUDA_BUILD", "")
-WAIT, LOAD = "ACQBULK", "LDG.E"
+WAIT, LOAD, COPY = "ACQBULK", "LDG.E", "LDGSTS.E"
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +31,14 @@ def nvdisasm() -> str:
     return found
 
 
-def loads_before_the_wait(form: Format, nvdisasm: str, folder: Path) -> dict[str, int]:
-    """Loads from global memory that a kernel starts before it waits, by kernel; for compute capability 9.0."""
-    made = recipe(form, (9, 0))
+def before_the_wait(made: Recipe, load: str, nvdisasm: str, folder: Path) -> dict[str, int]:
+    """Instructions named `load...` that a kernel has before it waits, by kernel."""
     try:
         tools = made.toolchain()
     except KernelBuildError as error:
         (pytest.fail if ASKED else pytest.skip)(f"`nox -s cuda-build` brings what is missing here: {error}")
     flags = [flag for flag in made.flags if not flag.startswith(("--shared", "--cudart", "-Xcompiler"))]
-    code = folder / "few_rows.cubin"
+    code = folder / "library.cubin"
     command = [tools.compiler, *tools.search, *flags, "-cubin", *map(str, made.sources), "-o", str(code)]
     subprocess.run(command, check=True, capture_output=True)
     text = subprocess.run([nvdisasm, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -47,7 +47,7 @@ def loads_before_the_wait(form: Format, nvdisasm: str, folder: Path) -> dict[str
         instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", section)
         if WAIT in instructions:
             before = instructions[: instructions.index(WAIT)]
-            found[section.split(":")[0]] = sum(name.startswith(LOAD) for name in before)
+            found[section.split(":")[0]] = sum(name.startswith(load) for name in before)
     return found
 
 
@@ -55,7 +55,7 @@ def loads_before_the_wait(form: Format, nvdisasm: str, folder: Path) -> dict[str
     "form", [Format("bfloat16"), Format("int8"), Format("int4")], ids=lambda form: form.name
 )
 def test_weights_are_asked_for_before_the_wait(form: Format, nvdisasm: str, tmp_path: Path) -> None:
-    found = loads_before_the_wait(form, nvdisasm, tmp_path)
+    found = before_the_wait(recipe(form, (9, 0)), LOAD, nvdisasm, tmp_path)
     products = {name: count for name, count in found.items() if "prepare" not in name}
     assert len(products) == (38 if form.weights != "int4" else 18)
     for name, before in products.items():
@@ -66,3 +66,15 @@ def test_weights_are_asked_for_before_the_wait(form: Format, nvdisasm: str, tmp_
             # At least two units of a tile's two halves, whatever the kernel's number of units on their way.
             expected = 2 if form.weights == "int4" else 4
         assert before >= expected, f"{name} starts {before} loads before it waits, not {expected}"
+
+
+def test_some_rows_ask_for_weights_before_the_wait(nvdisasm: str, tmp_path: Path) -> None:
+    """All copies of a warp's rows of a chunk, in a loop over the chunks."""
+    found = before_the_wait(some_rows_library.recipe((9, 0)), COPY, nvdisasm, tmp_path)
+    assert len(found) == 56
+    for name, before in found.items():
+        values = re.search(r"some_rows_kernelILi\dELi(\d)ELb[01]ELb[01]ELi(\d+)E", name)
+        assert values is not None, name
+        row_tiles, block_k = map(int, values.groups())
+        expected = 16 * row_tiles * block_k // 8 // 32
+        assert before >= expected, f"{name} starts {before} copies before it waits, not {expected}"

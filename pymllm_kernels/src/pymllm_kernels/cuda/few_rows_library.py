@@ -115,6 +115,27 @@ class Operand:
     units_per_group: int = 0
 
 
+def arguments_of(
+    x: Tensor, operand: Operand, out: Tensor, *, norm: Norm | None, residual: Tensor | None
+) -> Arguments:
+    """The arguments of a product, whatever its plan; the tensors are those of `FewRows`."""
+    (m, k), weight = x.shape, operand.weight
+    arguments = Arguments(m=m, n=operand.n, k=k, gated=operand.gated, pdl=gpu(x.device).pdl)
+    arguments.x, arguments.x_stride = x.data_ptr(), x.stride(0) * x.element_size()
+    arguments.weight, arguments.weight_stride = weight.data_ptr(), k * weight.element_size()
+    arguments.groups, arguments.units_per_group = operand.groups, operand.units_per_group
+    if operand.scale is not None:
+        arguments.scale = operand.scale.data_ptr()
+    if operand.bias is not None:
+        arguments.bias = operand.bias.data_ptr()
+    if norm is not None:
+        arguments.norm, arguments.eps = norm[0].data_ptr(), norm[1]
+    if residual is not None:
+        arguments.residual, arguments.residual_stride = residual.data_ptr(), residual.stride(0)
+    arguments.out, arguments.out_float = out.data_ptr(), out.dtype == torch.float32
+    return arguments
+
+
 def recipe(form: Format, capability: Capability) -> Recipe:
     """How the library of one format and device is compiled."""
     macros = {"PYMLLM_FORMAT": list(UNIT).index(form.weights), "PYMLLM_PARTS": form.parts}
@@ -127,13 +148,18 @@ def recipes(capability: Capability, dtypes: Iterable[torch.dtype]) -> list[Recip
 
 
 @contextmanager
-def _stream(device: torch.device) -> Iterator[int | None]:
+def stream_of(device: torch.device) -> Iterator[int | None]:
     """The current stream of a device, which is current meanwhile. None for a CPU, on which a test emulates one."""
     if device.type != "cuda":
         yield None
         return
     with torch.cuda.device(device):
         yield torch.cuda.current_stream(device).cuda_stream
+
+
+def reason_of(status: int) -> str:
+    """Why a launch has returned a number other than 0."""
+    return cuda_error(status - _CUDA_ERROR) if status > _CUDA_ERROR else "no kernel takes the shape"
 
 
 class FewRows:
@@ -168,11 +194,8 @@ class FewRows:
         """
         m, k = x.shape
         out = torch.empty((m, operand.n), dtype=dtype, device=x.device)
-        arguments = Arguments(m=m, n=operand.n, k=k, pdl=gpu(x.device).pdl)
-        arguments.x, arguments.x_stride = x.data_ptr(), x.stride(0) * x.element_size()
-        if norm is not None:
-            arguments.norm, arguments.eps = norm[0].data_ptr(), norm[1]
-        with _stream(x.device) as stream:
+        arguments = arguments_of(x, operand, out, norm=norm, residual=residual)
+        with stream_of(x.device) as stream:
             if not plan.staged and (norm is not None or self.format.weights == "int8"):
                 codes = self.format.weights == "int8"
                 ready = torch.empty((m, k), dtype=torch.int8 if codes else x.dtype, device=x.device)
@@ -181,18 +204,7 @@ class FewRows:
                 self._expect_success("norm of x", m, operand.n, k, status)
                 arguments.x, arguments.x_stride = ready.data_ptr(), k * ready.element_size()
                 arguments.norm, arguments.x_scale = None, scales.data_ptr()
-            arguments.weight = operand.weight.data_ptr()
-            arguments.weight_stride = k * operand.weight.element_size()
-            if operand.scale is not None:
-                arguments.scale = operand.scale.data_ptr()
-            arguments.groups, arguments.units_per_group = operand.groups, operand.units_per_group
-            if operand.bias is not None:
-                arguments.bias = operand.bias.data_ptr()
-            if residual is not None:
-                arguments.residual, arguments.residual_stride = residual.data_ptr(), residual.stride(0)
-            arguments.out, arguments.out_float = out.data_ptr(), dtype == torch.float32
-            arguments.gated, arguments.staged = operand.gated, plan.staged
-            arguments.row_tiles, arguments.ahead = plan.row_tiles, plan.ahead
+            arguments.staged, arguments.row_tiles, arguments.ahead = plan.staged, plan.row_tiles, plan.ahead
             arguments.warps, arguments.blocks, arguments.closer = plan.warps, plan.blocks, plan.closer
             status = self._run(byref(arguments), stream)
         self._expect_success("product", m, operand.n, k, status)
@@ -202,7 +214,7 @@ class FewRows:
         """Fill wide [rows, K] bfloat16 with the dequantised rows of an int4 weight from `first` on."""
         rows, k = wide.shape
         assert operand.scale is not None
-        with _stream(wide.device) as stream:
+        with stream_of(wide.device) as stream:
             status = self._widen(
                 operand.weight.data_ptr(),
                 operand.scale.data_ptr(),
@@ -219,8 +231,9 @@ class FewRows:
 
     def _expect_success(self, what: str, m: int, n: int, k: int, status: int) -> None:
         if status:
-            reason = cuda_error(status - _CUDA_ERROR) if status > _CUDA_ERROR else "no kernel takes the shape"
-            raise FewRowsError(f"{what}, {self.format.name} weights, M={m}, N={n}, K={k}: {reason}")
+            raise FewRowsError(
+                f"{what}, {self.format.name} weights, M={m}, N={n}, K={k}: {reason_of(status)}"
+            )
 
 
 @functools.cache

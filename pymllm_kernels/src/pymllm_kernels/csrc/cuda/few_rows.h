@@ -87,9 +87,13 @@ struct Ending {
   int row, column;
   float x_scale = 1.0f, scale = 1.0f, up_scale = 1.0f, bias = 0.0f, up_bias = 0.0f, residual = 0.0f;
 
+  DEVICE Ending() : row(0), column(-1) {}  // of no result
+
   // index: of the results of a block, which has those from column `first` on, `width` of each row.
   DEVICE Ending(const FewRowsArguments& a, int first, int width, int index)
-      : row(index / width), column(first + index % width) {
+      : Ending(a, index / width, first + index % width) {}
+
+  DEVICE Ending(const FewRowsArguments& a, int of_row, int of_column) : row(of_row), column(of_column) {
     const int n = static_cast<int>(a.n);
     if (row >= a.m || column >= n) {
       column = -1;
@@ -110,15 +114,19 @@ struct Ending {
   }
 
   // factor: of the row of x, where x_scale does not have it.
-  DEVICE void write(const FewRowsArguments& a, float factor, Sum sum, Sum up_sum) const {
-    if (column < 0) return;
+  DEVICE float result(float factor, Sum sum, Sum up_sum) const {
     const auto widened = [&](Sum product, float weight_scale) {
       const float wide = __fmul_rn(static_cast<float>(product), x_scale * factor);
       return FORMAT == 1 ? __fmul_rn(wide, weight_scale) : wide;
     };
     float y = widened(sum, scale) + bias;
     if (GATED) y = y / (1.0f + __expf(-y)) * (widened(up_sum, up_scale) + up_bias);
-    y += residual;
+    return y + residual;
+  }
+
+  DEVICE void write(const FewRowsArguments& a, float factor, Sum sum, Sum up_sum) const {
+    if (column < 0) return;
+    const float y = result(factor, sum, up_sum);
     const std::int64_t to = row * a.n + column;
     if (a.out_float)
       static_cast<float*>(a.out)[to] = y;

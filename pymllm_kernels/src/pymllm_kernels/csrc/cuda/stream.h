@@ -80,23 +80,37 @@ DEVICE int across(int value, int mask) { return __shfl_xor_sync(0xffffffffu, val
 
 constexpr int kCuda = 1000;  // plus a cudaError_t: what `launch` returns where CUDA refuses, else 0
 
+// cluster: blocks of one, which divide the grid; 1 where there are none.
 template <typename... Parameters>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, bool pdl, cudaStream_t stream,
-           Parameters... arguments) {
+int launch_clusters(void (*kernel)(Parameters...), dim3 grid, int cluster, int threads, int shared, bool pdl,
+                    cudaStream_t stream, Parameters... arguments) {
   if (shared > 48 << 10) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return kCuda + error;
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = pdl ? 1 : 0;
+  config.attrs = attributes;
+  if (pdl) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = cluster;
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   return error == cudaSuccess ? 0 : kCuda + error;
+}
+
+template <typename... Parameters>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, bool pdl, cudaStream_t stream,
+           Parameters... arguments) {
+  return launch_clusters(kernel, grid, 1, threads, shared, pdl, stream, arguments...);
 }

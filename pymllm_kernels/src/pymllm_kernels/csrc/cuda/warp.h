@@ -87,6 +87,14 @@ DEVICE void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Four 8 x 8 matrices; lane i names row i % 8 of matrix i / 8, and gets two numbers of row i / 4 of each.
+DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
 // Four 8 x 8 matrices, transposed; lane i names row i % 8 of matrix i / 8.
 DEVICE void load_transposed(uint32_t (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
