@@ -1,4 +1,4 @@
-"""The compiled linear node of some rows, up to 64 in bfloat16: its recipe, and its C function as Python calls it."""
+"""The compiled linear node of some rows, up to 256 in bfloat16: its recipe, and its C function as Python calls it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pymllm_kernels.cutlass.tiles import Capability
 from pymllm_kernels.jit import load_library
 from pymllm_kernels.recipe import Recipe
 
-MAX_ROWS = 64
+MAX_ROWS = 256
 MAX_STAGES = 8
 
 

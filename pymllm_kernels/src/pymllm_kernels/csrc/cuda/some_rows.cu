@@ -1,4 +1,4 @@
-// Linear nodes of some rows: y = act(norm(x) · W^T + bias) + residual for up to 64 rows of x in bfloat16, one launch.
+// Linear nodes of some rows: y = act(norm(x) · W^T + bias) + residual for up to 256 rows of x in bfloat16, one launch.
 //
 // Still bound by reading W, but with too many rows of x to read them anew for every 16 rows of W, as few_rows.cu does.
 // So a block of several warps goes through the columns in chunks, and what it needs of x is read once for all of its
@@ -7,7 +7,8 @@
 // kernel that makes x has finished (programmatic dependent launch).
 //
 // The weights are the left operand of mma.m16n8k16, 16 of their rows a tile, the rows of x the columns of the right one,
-// 8 a tile. Each warp has rows of W of its own and all rows of x. Where there are too few rows of W for all
+// 8 a tile. Each warp has rows of W of its own and all rows of x, or 64 of them: the blocks for the others find W in the
+// second-level cache. Where there are too few rows of W for all
 // multiprocessors, the blocks of a cluster share the columns: the others push their sums into the shared memory of the
 // first one, which adds them in the order of the blocks, so that the bits are the same every time.
 //
@@ -39,12 +40,13 @@ DEVICE void write_pair(const FewRowsArguments& a, const Ending<GATED> (&of)[2], 
 template <int X_TILES, int ROW_TILES, bool GATED, bool NORM, int BLOCK_K>
 __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
     some_rows_kernel(const __grid_constant__ SomeRowsArguments arguments) {
-  const FewRowsArguments& a = arguments.product;
   constexpr int ROW_BYTES = 2 * BLOCK_K, PIECES = BLOCK_K / 8, LINES = 32 / PIECES;
   constexpr int ROWS = 8 * X_TILES, WIDTH = 16 * ROW_TILES, RESULTS = GATED ? WIDTH / 2 : WIDTH;  // of a warp
   PYMLLM_SHARED(smem);
   launch_dependents();
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  FewRowsArguments a = arguments.product;
+  if (X_TILES == MAX_X_TILES) take_part(a, blockIdx.y);
   const int m = static_cast<int>(a.m), n = static_cast<int>(a.n), k = static_cast<int>(a.k);
   const int stages = arguments.stages, splits = arguments.splits;
   const int rank = blockIdx.x % splits, tile = blockIdx.x / splits, chunks = k / BLOCK_K;
@@ -241,7 +243,8 @@ int run(const SomeRowsArguments& arguments, cudaStream_t stream) {
   const Room at(X_TILES, ROW_TILES, BLOCK_K, a.warps, arguments.stages, arguments.splits, NORM);
   const std::int64_t results = (GATED ? 8 : 16) * ROW_TILES * a.warps, blocks = (a.n + results - 1) / results;
   return launch_clusters(some_rows_kernel<X_TILES, ROW_TILES, GATED, NORM, BLOCK_K>,
-                         dim3(static_cast<unsigned>(blocks * arguments.splits)), arguments.splits, 32 * a.warps, at.total,
+                         dim3(static_cast<unsigned>(blocks * arguments.splits), static_cast<unsigned>((a.m + 63) / 64)),
+                         arguments.splits, 32 * a.warps, at.total,
                          a.pdl != 0, stream, arguments);
 }
 
@@ -281,14 +284,13 @@ PYMLLM_EXPORT int pymllm_some_rows(const SomeRowsArguments* a, void* stream) {
   if (m <= 8) return choose_tiles<1>(*a, on);
   if (m <= 16) return choose_tiles<2>(*a, on);
   if (m <= 32) return choose_tiles<4>(*a, on);
-  if (m <= 64) return choose_tiles<8>(*a, on);
-  return kShape;
+  return m <= MAX_ROWS ? choose_tiles<MAX_X_TILES>(*a, on) : kShape;
 }
 
 // Bytes of shared memory of a block, by m, norm, row_tiles and warps of the product, block_k, stages and splits.
 PYMLLM_EXPORT int pymllm_some_rows_shared_memory(const SomeRowsArguments* a) {
   int x_tiles = 1;
-  while (8 * x_tiles < a->product.m) x_tiles *= 2;
+  while (x_tiles < MAX_X_TILES && 8 * x_tiles < a->product.m) x_tiles *= 2;
   return Room(x_tiles, a->product.row_tiles, a->block_k, a->product.warps, a->stages, a->splits, a->product.norm != nullptr)
       .total;
 }

@@ -15,7 +15,16 @@ struct SomeRowsArguments {
 
 namespace {
 
-constexpr int MAX_STAGES = 8;
+constexpr int MAX_STAGES = 8, MAX_X_TILES = 8, MAX_ROWS = 256;
+
+// What is left of the arguments for the blocks that have the `part`-th 64 rows of x.
+DEVICE void take_part(FewRowsArguments& a, int part) {
+  const int first = part * 8 * MAX_X_TILES;
+  a.m = min(static_cast<int>(a.m) - first, 8 * MAX_X_TILES);
+  a.x = static_cast<const char*>(a.x) + first * a.x_stride;
+  if (a.residual != nullptr) a.residual = static_cast<const std::uint16_t*>(a.residual) + first * a.residual_stride;
+  a.out = static_cast<char*>(a.out) + first * a.n * (a.out_float ? 4 : 2);
+}
 
 // Fewer where a thread has 64 sums and more: 12 warps have 168 registers each, which would not hold them all.
 HOST_DEVICE constexpr int max_warps(int x_tiles, int row_tiles) { return x_tiles * row_tiles >= 16 ? 8 : 12; }
