@@ -48,6 +48,7 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     std::vector<std::vector<Copy>> groups{1};
+    bool sees_cluster = false;  // has waited until all of the cluster had begun
     bool done = false;
 };
 
@@ -311,6 +312,7 @@ inline void arrive_begun() {
 
 inline void wait_begun() {
     while (emulated::cluster->begun < emulated::cluster->ranks * emulated::cluster->threads) emulated::yield();
+    emulated::cluster->fibers[emulated::cluster->current].sees_cluster = true;
 }
 
 inline void expect_pushes(uint64_t* barrier, int bytes) { *barrier = bytes; }
@@ -320,6 +322,10 @@ inline void wait_pushes(uint64_t* barrier) {
 }
 
 inline void push(float* to, float2 value, uint64_t* barrier) {
+    if (!emulated::cluster->fibers[emulated::cluster->current].sees_cluster) {
+        std::fprintf(stderr, "a thread pushes before the cluster's first block is known to have begun\n");
+        std::abort();
+    }
     auto* here = reinterpret_cast<char*>(emulated::shared_of(emulated::cluster->current / emulated::cluster->threads));
     auto* there = reinterpret_cast<char*>(emulated::shared_of(0));
     std::memcpy(there + (reinterpret_cast<char*>(to) - here), &value, 8);

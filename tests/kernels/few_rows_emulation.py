@@ -43,6 +43,9 @@ class Emulation:
                 "-shared",
                 "-Wno-unknown-pragmas",
                 "-fno-gnu-unique",
+                # Loads and stores that are not aligned, which a GPU refuses, end the process.
+                "-fsanitize=alignment",
+                "-fsanitize-undefined-trap-on-error",
             )
             places = (f"-I{SOURCES}", f"-I{HERE}", "-DPYMLLM_EMULATED")
             command = (
