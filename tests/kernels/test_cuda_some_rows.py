@@ -11,7 +11,7 @@ from torch import Tensor
 from triton_support import randn
 
 from pymllm_kernels.cuda.few_rows_library import Operand
-from pymllm_kernels.cuda.some_rows_library import Plan, SomeRows, some_rows_kernels
+from pymllm_kernels.cuda.some_rows_library import Plan, SomeRows, shared_bytes, some_rows_kernels
 from pymllm_kernels.cuda.some_rows_plan import some_rows_plan
 from pymllm_kernels.triton import launch
 
@@ -34,7 +34,7 @@ def most_splits() -> int:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", SHAPES)
-@pytest.mark.parametrize("rows", [2, 8, 13, 16, 32, 47, 64])
+@pytest.mark.parametrize("rows", [2, 8, 13, 16, 32, 47, 64, 130, 256])
 def test_a_layer_by_the_rules(model: str, rows: int) -> None:
     properties = launch.gpu(DEVICE)
     for i, (n, k) in enumerate(SHAPES[model]):

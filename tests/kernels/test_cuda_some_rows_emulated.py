@@ -48,7 +48,7 @@ def kernels(emulation: Emulation) -> SomeRows:
 TILES = [(r, b) for r in (1, 2, 4) for b in (64, 128) if r * b < 512]
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9, 16, 25, 32, 33, 64])
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 25, 32, 33, 64, 65, 150])
 @pytest.mark.parametrize(("row_tiles", "block_k"), TILES)
 def test_every_kernel(kernels: SomeRows, rows: int, row_tiles: int, block_k: int) -> None:
     """Norm, bias, residual, both types of results; a last tile that is not full, and one without a row of W."""
@@ -146,7 +146,7 @@ def test_what_no_kernel_takes(kernels: SomeRows, plan: Plan) -> None:
 def test_more_rows_than_any_kernel_takes(kernels: SomeRows) -> None:
     own = Operand(randn(1, 16, 64).cpu(), 16, gated=False)
     with pytest.raises(FewRowsError, match="M=65"):
-        kernels(randn(2, 65, 64).cpu(), own, Plan(1, 1), norm=None, residual=None, dtype=BF16)
+        kernels(randn(2, 257, 64).cpu(), own, Plan(1, 1), norm=None, residual=None, dtype=BF16)
 
 
 def test_shared_memory_is_as_python_says(emulation: Emulation) -> None:
