@@ -91,20 +91,28 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
   if (splits > 1) wait_begun();
   // Columns of the product that no row of x belongs to are computed from what lies there, and written nowhere.
   const int x_row = threadIdx.x / PIECES, x_rows = blockDim.x / PIECES;
-  const char* x = static_cast<const char*>(a.x) + begin * ROW_BYTES + 16 * piece;
-  // x of these chunks through registers: copies would arrive behind all of the weights above.
-  for (int row = x_row; row < m; row += x_rows) {
-    uint4 held[MAX_STAGES - 1];
+  const char* x = static_cast<const char*>(a.x) + begin * ROW_BYTES;
+  // x of these chunks through registers, all loads before the first store: copies would arrive behind all of the
+  // weights above.
+  constexpr int HELD = X_TILES == 1 ? 8 : 12;
+  const int pieces = min(stages - 1, count) * ROWS * PIECES;
+  for (int base = threadIdx.x; base < pieces; base += HELD * blockDim.x) {
+    uint4 held[HELD];
 #pragma unroll
-    for (int stage = 0; stage < MAX_STAGES - 1; stage++)
-      if (stage < stages - 1 && stage < count)
-        held[stage] = load_shared_with_others(x + row * a.x_stride + stage * ROW_BYTES);
+    for (int i = 0; i < HELD; i++) {
+      const int index = base + i * blockDim.x, row = index / PIECES % ROWS;
+      if (index < pieces && row < m)
+        held[i] = load_shared_with_others(x + row * a.x_stride + index / PIECES / ROWS * ROW_BYTES + index % PIECES * 16);
+    }
 #pragma unroll
-    for (int stage = 0; stage < MAX_STAGES - 1; stage++)
-      if (stage < stages - 1 && stage < count)
-        *reinterpret_cast<uint4*>(smem + stage * at.stage + x_at + swizzled<BLOCK_K>(row, piece)) = held[stage];
+    for (int i = 0; i < HELD; i++) {
+      const int index = base + i * blockDim.x, row = index / PIECES % ROWS;
+      if (index < pieces && row < m)
+        *reinterpret_cast<uint4*>(smem + index / PIECES / ROWS * at.stage + x_at +
+                                  swizzled<BLOCK_K>(row, index % PIECES)) = held[i];
+    }
   }
-  x += (stages - 1) * ROW_BYTES;
+  x += (stages - 1) * ROW_BYTES + 16 * piece;
   const auto fetch_x = [&](char* stage) {
     for (int row = x_row; row < m; row += x_rows)
       copy_async(stage + x_at + swizzled<BLOCK_K>(row, piece), x + row * a.x_stride, true);
