@@ -67,7 +67,10 @@ def shared_bytes(rows: int, plan: Plan, *, norm: bool) -> int:
 
 def recipe(capability: Capability) -> Recipe:
     """How the library of a device is compiled."""
-    return cuda_recipe("some_rows", "some_rows.cu", "bfloat16", {}, capability, seconds=20)
+    wgmma = int(capability == (9, 0))
+    return cuda_recipe(
+        "some_rows", "some_rows.cu", "bfloat16", {"PYMLLM_WGMMA": wgmma}, capability, seconds=20
+    )
 
 
 def recipes(capability: Capability, dtypes: Iterable[torch.dtype]) -> list[Recipe]:

@@ -12,6 +12,9 @@
 // multiprocessors, the blocks of a cluster share the columns: the others push their sums into the shared memory of the
 // first one, which adds them in the order of the blocks, so that the bits are the same every time.
 //
+// 17 rows of x and more without a norm, on Hopper: groups of four warps multiply 64 rows of W at once straight from shared
+// memory (wgmma), because reading 32 rows of x into the registers of every warp takes longer than the weights.
+//
 // The norm's factor is left to the end (as in staging.h). Its sums of squares are the diagonal of x · x^T, a tile at a
 // time: one instruction of the tensor cores, whose operands are there anyway.
 
@@ -41,6 +44,7 @@ template <int X_TILES, int ROW_TILES, bool GATED, bool NORM, int BLOCK_K>
 __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
     some_rows_kernel(const __grid_constant__ SomeRowsArguments arguments) {
   constexpr int ROW_BYTES = 2 * BLOCK_K, PIECES = BLOCK_K / 8, LINES = 32 / PIECES;
+  constexpr bool GROUPS = in_groups(X_TILES, NORM, BLOCK_K);
   constexpr int ROWS = 8 * X_TILES, WIDTH = 16 * ROW_TILES, RESULTS = GATED ? WIDTH / 2 : WIDTH;  // of a warp
   PYMLLM_SHARED(smem);
   launch_dependents();
@@ -69,13 +73,13 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
   const int x_at = warps * WIDTH * ROW_BYTES, gain_at = x_at + ROWS * ROW_BYTES;
   // The next chunk of W. Rows after the last are zeros and are not read.
   const auto fetch_weights = [&](char* stage) {
-    char* const to = stage + (warp * WIDTH + line) * ROW_BYTES;
+    char* const to = stage + (GROUPS ? warp / 4 * 4 * WIDTH + warp % 4 * 16 + line : warp * WIDTH + line) * ROW_BYTES;
 #pragma unroll
     for (int i = 0; i < WIDTH; i += LINES) {
       const bool up = GATED && i >= RESULTS;
       const int row = up ? i - RESULTS : i;
-      // As `swizzled`, of row i + line.
-      copy_async(to + i * ROW_BYTES + (16 * (piece ^ line) ^ 16 * (i & 7)),
+      // As `swizzled`, of row i + line. A group of warps has its first tiles together, then its second ones.
+      copy_async(to + (GROUPS ? i / 16 * 64 + i % 16 : i) * ROW_BYTES + (16 * (piece ^ line) ^ 16 * (i & 7)),
                  weight + (up ? to_up : 0) + static_cast<std::uint64_t>(row) * stride, row < left);
     }
     weight += ROW_BYTES;
@@ -127,15 +131,29 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
   const int a_row = warp * WIDTH + lane % 16, b_row = lane % 8;
   for (int chunk = 0, slot = 0, free = stages - 1; chunk < count; chunk++) {
     wait_for_copies(stages - 2);
+    if (GROUPS) fence_copies();
     sync_block();  // the chunk is there for all, and all are done with the one before
+    const char* const stage = smem + slot * at.stage;
+    if constexpr (GROUPS) {
+      begin_products();
+#pragma unroll
+      for (int j = 0; j < BLOCK_K / 16; j++)
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+          multiply_group(sums[r], stage + (warp / 4 * 4 * WIDTH + r * 64) * ROW_BYTES + 32 * j, stage + x_at + 32 * j);
+      commit_products();
+    }
     if (chunk + stages - 1 < count) {
       fetch_weights(smem + free * at.stage);
       fetch_x(smem + free * at.stage);
     }
     copy_commit();
-    const char* const stage = smem + slot * at.stage;
     slot = slot + 1 == stages ? 0 : slot + 1;
     free = free + 1 == stages ? 0 : free + 1;
+    if constexpr (GROUPS) {
+      wait_for_products(sums);
+      continue;
+    }
 #pragma unroll
     for (int j = 0; j < BLOCK_K / 32; j++) {
       std::uint32_t w[ROW_TILES][2][4], by[4];
@@ -248,6 +266,7 @@ template <int X_TILES, int ROW_TILES, bool GATED, bool NORM, int BLOCK_K>
 int run(const SomeRowsArguments& arguments, cudaStream_t stream) {
   const FewRowsArguments& a = arguments.product;
   if (a.warps < 1 || a.warps > max_warps(X_TILES, ROW_TILES)) return kShape;
+  if (in_groups(X_TILES, NORM, BLOCK_K) && a.warps % 4) return kShape;
   const Room at(X_TILES, ROW_TILES, BLOCK_K, a.warps, arguments.stages, arguments.splits, NORM);
   const std::int64_t results = (GATED ? 8 : 16) * ROW_TILES * a.warps, blocks = (a.n + results - 1) / results;
   return launch_clusters(some_rows_kernel<X_TILES, ROW_TILES, GATED, NORM, BLOCK_K>,

@@ -4,6 +4,7 @@
 
 #define PYMLLM_FORMAT 0
 #include "few_rows.h"
+#include "group.h"
 
 // Mirrored by `Arguments` in cuda/some_rows_library.py.
 struct SomeRowsArguments {
@@ -24,6 +25,12 @@ DEVICE void take_part(FewRowsArguments& a, int part) {
   a.x = static_cast<const char*>(a.x) + first * a.x_stride;
   if (a.residual != nullptr) a.residual = static_cast<const std::uint16_t*>(a.residual) + first * a.residual_stride;
   a.out = static_cast<char*>(a.out) + first * a.n * (a.out_float ? 4 : 2);
+}
+
+// Whether groups of four warps multiply together (wgmma). Its operands lie in shared memory as `swizzled<64>` puts them, so
+// that x cannot be multiplied by the norm's weight on the way.
+HOST_DEVICE constexpr bool in_groups(int x_tiles, bool norm, int block_k) {
+  return PYMLLM_WGMMA && x_tiles >= 4 && !norm && block_k == 64;
 }
 
 // Fewer where a thread has 64 sums and more: 12 warps have 168 registers each, which would not hold them all.
