@@ -16,20 +16,20 @@
 #define __launch_bounds__(...)
 #define threadIdx (emulated::Index{static_cast<unsigned>(emulated::cluster->current % emulated::cluster->threads)})
 #define blockDim (emulated::Index{static_cast<unsigned>(emulated::cluster->threads)})
-#define blockIdx (emulated::Index{emulated::block + emulated::rank(), emulated::block_y})
+#define blockIdx (emulated::Index{emulated::block + emulated::rank()})
 #define gridDim (emulated::Index{emulated::blocks})
 
 struct uint2 { uint32_t x, y; };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 struct dim3 {
-    unsigned x, y;
-    explicit dim3(unsigned wide, unsigned high = 1) : x(wide), y(high) {}
+    unsigned x;
+    explicit dim3(unsigned wide) : x(wide) {}
 };
 using cudaStream_t = void*;
 
 namespace emulated {
 
-struct Index { unsigned x, y = 0; };
+struct Index { unsigned x; };
 
 // What the kernel before a launch wrote.
 struct Late {
@@ -43,7 +43,7 @@ struct Span {
     const char *begin, *end;
 };
 
-inline unsigned block, blocks, block_y;  // the first one of those that run now, all of a row, and the row
+inline unsigned block, blocks;  // the first one of those that run now, and all
 
 // In its cluster, of the block that runs now.
 inline unsigned rank() { return static_cast<unsigned>(cluster->current / cluster->threads); }
@@ -165,9 +165,8 @@ int launch_clusters(void (*kernel)(Parameters...), dim3 grid, int cluster, int t
     emulated::may_copy = emulated::copy_allowed;
     emulated::waited = false;
     emulated::blocks = grid.x;
-    for (emulated::block_y = 0; emulated::block_y < grid.y; ++emulated::block_y)
-        for (emulated::block = 0; emulated::block < grid.x; emulated::block += cluster)
-            emulated::run(cluster, threads, shared, [&](int, int) { kernel(arguments...); });
+    for (emulated::block = 0; emulated::block < grid.x; emulated::block += cluster)
+        emulated::run(cluster, threads, shared, [&](int, int) { kernel(arguments...); });
     ++emulated::launches;
     return emulated::fault ? kCuda + emulated::fault : 0;
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton_support import randn
 
 from pymllm_kernels.cuda.few_rows_library import Operand
-from pymllm_kernels.cuda.some_rows_library import Plan, SomeRows, shared_bytes, some_rows_kernels
+from pymllm_kernels.cuda.some_rows_library import Plan, SomeRows, some_rows_kernels
 from pymllm_kernels.cuda.some_rows_plan import some_rows_plan
 from pymllm_kernels.triton import launch
 
@@ -34,7 +34,7 @@ def most_splits() -> int:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", SHAPES)
-@pytest.mark.parametrize("rows", [2, 8, 13, 16, 32, 47, 64, 130, 256])
+@pytest.mark.parametrize("rows", [1, 2, 8, 13, 16])
 def test_a_layer_by_the_rules(model: str, rows: int) -> None:
     properties = launch.gpu(DEVICE)
     for i, (n, k) in enumerate(SHAPES[model]):
@@ -47,7 +47,7 @@ def test_a_layer_by_the_rules(model: str, rows: int) -> None:
             gated=gated,
             normed=norm,
             shared=properties.shared,
-            splits=min(2, most_splits()),
+            clusters=most_splits() > 1,
         )
         check(
             gpu_kernels(), rows, n, k, plan, seed=i, norm=norm, gated=gated, residual=not norm, device=DEVICE
@@ -61,10 +61,8 @@ def test_every_plan(splits: int, block_k: int) -> None:
     """Odd sizes; a result has the same bits every time."""
     if splits > most_splits():
         pytest.skip("clusters need compute capability 9.0")
-    for rows, warps, stages in itertools.product((5, 12, 29, 64), (1, 4, 8), (2, 5)):
-        plain, gated = Plan(1, warps, block_k, stages, splits), Plan(2, warps, 64, 3, splits)
-        if max(shared_bytes(rows, plan, norm=True) for plan in (plain, gated)) > launch.gpu(DEVICE).shared:
-            continue
+    for rows, warps, stages in itertools.product((5, 12), (1, 4, 8), (2, 5)):
+        plain, gated = Plan(warps, block_k, stages, splits), Plan(warps, 64, 3, splits)
         results = [
             check(gpu_kernels(), rows, 1003, 1152, plain, norm=True, residual=True, device=DEVICE)
             for _ in "ab"
@@ -72,7 +70,6 @@ def test_every_plan(splits: int, block_k: int) -> None:
         assert torch.equal(*results)
         check(gpu_kernels(), rows, 1003, 1152, gated, gated=True, norm=True, bias=True, device=DEVICE)
         check(gpu_kernels(), rows, 514, 1152, gated, out_dtype=F32, device=DEVICE)
-    check(gpu_kernels(), 30, 1003, 640, Plan(4, 2, 64, 3, splits), gated=True, norm=True, device=DEVICE)
 
 
 @pytest.mark.gpu
@@ -87,8 +84,8 @@ def test_a_chain_with_and_without_dependent_launch() -> None:
             x = kernels(x, own, plan, norm=gain, residual=None, dtype=BF16)
         return x
 
-    for rows, splits in ((8, 1), (8, most_splits()), (40, min(2, most_splits()))):
-        plan = Plan(1, 4, 64, 6, splits)
+    for rows, splits in ((8, 1), (8, most_splits()), (14, min(2, most_splits()))):
+        plan = Plan(4, 64, 6, splits)
         x = randn(rows, rows, 1024).to(DEVICE)
         chain(x, plan)
         graph = torch.cuda.CUDAGraph()

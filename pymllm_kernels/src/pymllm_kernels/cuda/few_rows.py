@@ -18,11 +18,14 @@ from pymllm_kernels.cuda.few_rows_library import (
 )
 from pymllm_kernels.cuda.few_rows_plan import (
     SMALL,
-    few_rows_are_ours,
     one_row_is_ours,
     one_row_plan,
+    some_rows_take_one,
     tiles_plan,
 )
+from pymllm_kernels.cuda.some_rows_library import MAX_ROWS as SOME_ROWS
+from pymllm_kernels.cuda.some_rows_library import SomeRows, some_rows_kernels
+from pymllm_kernels.cuda.some_rows_plan import some_rows_plan
 from pymllm_kernels.cutlass.library import why_not_here
 from pymllm_kernels.cutlass.w8a8 import CutlassW8A8
 from pymllm_kernels.triton.launch import ceil_div, gpu
@@ -81,7 +84,7 @@ class PackedInt4:
 class CudaLinear:
     """`protocols.kernel.LinearKernel` for ``linear`` in bfloat16.
 
-    One row of some large weights, 2 to 8 rows of small ones and some others; the rest is `TritonLinear`'s.
+    One row of some large weights, and 2 to 16 rows; the rest is `TritonLinear`'s.
     """
 
     fuses = TritonLinear.fuses
@@ -89,10 +92,13 @@ class CudaLinear:
     def __init__(self) -> None:
         self._rest = TritonLinear()
         self._kernels: FewRows | None = None
+        self._some: SomeRows | None = None
 
     def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedDense:
         """Raises KernelBuildError where the kernels have to be compiled and cannot."""
-        self._kernels = kernels_for(tensors["weight"], Format("bfloat16"))
+        weight = tensors["weight"]
+        self._kernels = kernels_for(weight, Format("bfloat16"))
+        self._some = some_rows_kernels(torch.cuda.get_device_capability(weight.device))
         rest = self._rest.pack(tensors, act=act)
         bias = None if rest.bias is None else rest.bias.float()
         return PackedDense(Operand(rest.weight, rest.out_features, rest.gated, bias=bias), rest)
@@ -107,20 +113,24 @@ class CudaLinear:
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         (rows, k), own, dtype = x.shape, packed.own, out_dtype or x.dtype
-        assert self._kernels is not None
-        sms, small = gpu(x.device).sms, own.weight.numel() * 2 < SMALL
-        few = small or few_rows_are_ours(own.n, k, sms, gated=own.gated)
-        ours = (1 < rows <= 8 and few) or (rows == 1 and not small and one_row_is_ours(own.n, k, sms))
-        if dtype not in _OUT or not ours:
+        device = gpu(x.device)
+        one = rows == 1 and some_rows_take_one(own.n, k, device.sms, gated=own.gated)
+        some = k % 64 == 0 and (one or 1 < rows <= SOME_ROWS)
+        ours = rows == 1 and own.weight.numel() * 2 >= SMALL and one_row_is_ours(own.n, k, device.sms)
+        if dtype not in _OUT or not (some or ours):
             return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
+        assert self._kernels is not None
+        assert self._some is not None
+        x, residual = ready(x), columns_adjacent(residual)
+        if some:
+            how = some_rows_plan(
+                rows, own.n, k, device.sms,
+                gated=own.gated, normed=norm is not None, shared=device.shared, clusters=device.major >= 9,
+            )  # fmt: skip
+            return self._some(x, own, how, norm=norm, residual=residual, dtype=dtype)
         x, norm = normed(x, norm)
-        if rows == 1:
-            plan = one_row_plan(own.n, k, sms, gated=own.gated, bits=16)
-        else:
-            plan = tiles_plan(
-                rows, own.n, k, sms, gated=own.gated, normed=norm is not None, weights="bfloat16"
-            )
-        return self._kernels(ready(x), own, plan, norm=norm, residual=columns_adjacent(residual), dtype=dtype)
+        plan = one_row_plan(own.n, k, device.sms, gated=own.gated, bits=16)
+        return self._kernels(ready(x), own, plan, norm=norm, residual=residual, dtype=dtype)
 
 
 class CudaW8A8:

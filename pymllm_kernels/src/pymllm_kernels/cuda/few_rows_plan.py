@@ -32,9 +32,9 @@ def one_row_is_ours(n: int, k: int, sms: int) -> bool:
     return is_head(n, sms) or k % 2048 != 0
 
 
-def few_rows_are_ours(n: int, k: int, sms: int, *, gated: bool) -> bool:
-    """The same for 2 to 8 rows: Triton's blocks of 64 results would leave multiprocessors without work."""
-    return not gated and k < n < 64 * sms
+def some_rows_take_one(n: int, k: int, sms: int, *, gated: bool) -> bool:
+    """Whether the kernels of some rows are faster for one row, too: of large weights with more rows than columns."""
+    return not gated and k < n and not is_head(n, sms) and n * k * 2 >= SMALL and k % 2048 != 0
 
 
 def one_row_plan(n: int, k: int, sms: int, *, gated: bool, bits: int) -> Plan:
@@ -51,8 +51,7 @@ def _bfloat16_plan(n: int, k: int, sms: int, *, gated: bool) -> Plan:
         row_tiles, ahead, blocks = (1, 8, 2 * sms) if k < 4096 else (2, 4, 4 * sms)
         return Plan(row_tiles, 8, True, ahead, blocks, CLOSER_BFLOAT16)
     if n > k:
-        # Five chunks of 512 bytes at a time where that fills every round.
-        return Plan(2, 8, True, 5 if k % 1280 == 0 else 4, closer=CLOSER_BFLOAT16)
+        return Plan(2, 8, True, 4, closer=CLOSER_BFLOAT16)
     return Plan(1, 8, True, 8, closer=CLOSER_BFLOAT16)
 
 

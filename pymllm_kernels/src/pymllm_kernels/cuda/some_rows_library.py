@@ -1,4 +1,4 @@
-"""The compiled linear node of some rows, up to 256 in bfloat16: its recipe, and its C function as Python calls it."""
+"""The compiled linear node of some rows, up to 16 in bfloat16: its recipe, and its C function as Python calls it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from pymllm_kernels.cutlass.tiles import Capability
 from pymllm_kernels.jit import load_library
 from pymllm_kernels.recipe import Recipe
 
-MAX_ROWS = 256
+MAX_ROWS = 16
 MAX_STAGES = 8
+MAX_WARPS = 12
 
 
 class Arguments(ctypes.Structure):
@@ -33,44 +34,31 @@ class Arguments(ctypes.Structure):
 class Plan:
     """How a product is launched.
 
-    row_tiles: of 16 rows of the weight, a warp has: 1 or 2, where gated 2 or 4 (half of them gate, half up).
-    warps: of a block, up to `most_warps`. block_k: columns of a chunk, 64 or 128 (64 with 4 row tiles), which divide K.
+    warps: of a block, up to MAX_WARPS, each of which has 16 results. block_k: columns of a chunk, 64 or 128, which
+    divide K.
     stages: chunks of weights and x that a block has room for, 2 to MAX_STAGES. splits: blocks of a cluster that
     share the columns, 1, 2, 4 or 8; more than one needs compute capability 9.0.
     """
 
-    row_tiles: int
     warps: int
     block_k: int = 64
     stages: int = 4
     splits: int = 1
 
 
-def x_tiles(rows: int) -> int:
-    """Tiles of 8 rows of x that the kernel for so many rows has."""
-    return 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
-
-
-def most_warps(rows: int, row_tiles: int) -> int:
-    """Warps that a block may have."""
-    return 8 if x_tiles(rows) * row_tiles >= 16 else 12
-
-
-def shared_bytes(rows: int, plan: Plan, *, norm: bool) -> int:
+def shared_bytes(rows: int, plan: Plan, *, gated: bool, norm: bool) -> int:
     """Bytes of shared memory of a block: ``Room`` of csrc/cuda/some_rows.h."""
-    width, height, threads = 16 * plan.row_tiles * plan.warps, 8 * x_tiles(rows), 32 * plan.warps
+    row_tiles, x_tiles, threads = 2 if gated else 1, 1 if rows <= 8 else 2, 32 * plan.warps
+    width, height = 16 * row_tiles * plan.warps, 8 * x_tiles
     ring = plan.stages * (width + height + norm) * 2 * plan.block_k
     squares = 4 * height * plan.warps * plan.splits if norm else 0
-    inbox = (plan.splits - 1) * 16 * plan.row_tiles * x_tiles(rows) * threads
+    inbox = (plan.splits - 1) * 16 * row_tiles * x_tiles * threads
     return max(ring, 4 * height * (width + 4)) + squares + 4 * height + 16 + inbox
 
 
 def recipe(capability: Capability) -> Recipe:
     """How the library of a device is compiled."""
-    wgmma = int(capability == (9, 0))
-    return cuda_recipe(
-        "some_rows", "some_rows.cu", "bfloat16", {"PYMLLM_WGMMA": wgmma}, capability, seconds=20
-    )
+    return cuda_recipe("some_rows", "some_rows.cu", "bfloat16", {}, capability, seconds=20)
 
 
 def recipes(capability: Capability, dtypes: Iterable[torch.dtype]) -> list[Recipe]:
@@ -105,7 +93,7 @@ class SomeRows:
         (m, k), n = x.shape, operand.n
         out = torch.empty((m, n), dtype=dtype, device=x.device)
         arguments = Arguments(arguments_of(x, operand, out, norm=norm, residual=residual))
-        arguments.product.row_tiles, arguments.product.warps = plan.row_tiles, plan.warps
+        arguments.product.warps = plan.warps
         arguments.block_k, arguments.stages, arguments.splits = plan.block_k, plan.stages, plan.splits
         with stream_of(x.device) as stream:
             status = self._run(byref(arguments), stream)

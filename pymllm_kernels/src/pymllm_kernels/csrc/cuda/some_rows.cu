@@ -1,4 +1,4 @@
-// Linear nodes of some rows: y = act(norm(x) · W^T + bias) + residual for up to 256 rows of x in bfloat16, one launch.
+// Linear nodes of some rows: y = act(norm(x) · W^T + bias) + residual for up to 16 rows of x in bfloat16, one launch.
 //
 // Still bound by reading W, but with too many rows of x to read them anew for every 16 rows of W, as few_rows.cu does.
 // So a block of several warps goes through the columns in chunks, and what it needs of x is read once for all of its
@@ -7,13 +7,9 @@
 // kernel that makes x has finished (programmatic dependent launch).
 //
 // The weights are the left operand of mma.m16n8k16, 16 of their rows a tile, the rows of x the columns of the right one,
-// 8 a tile. Each warp has rows of W of its own and all rows of x, or 64 of them: the blocks for the others find W in the
-// second-level cache. Where there are too few rows of W for all
+// 8 a tile. Each warp has rows of W of its own and all rows of x. Where there are too few rows of W for all
 // multiprocessors, the blocks of a cluster share the columns: the others push their sums into the shared memory of the
 // first one, which adds them in the order of the blocks, so that the bits are the same every time.
-//
-// 17 rows of x and more without a norm, on Hopper: groups of four warps multiply 64 rows of W at once straight from shared
-// memory (wgmma), because reading 32 rows of x into the registers of every warp takes longer than the weights.
 //
 // The norm's factor is left to the end (as in staging.h). Its sums of squares are the diagonal of x · x^T, a tile at a
 // time: one instruction of the tensor cores, whose operands are there anyway.
@@ -38,24 +34,22 @@ DEVICE void write_pair(const FewRowsArguments& a, const Ending<GATED> (&of)[2], 
     *reinterpret_cast<std::uint32_t*>(static_cast<std::uint16_t*>(a.out) + to) = pack(y.x, y.y);
 }
 
-// X_TILES: tiles of 8 rows of x. ROW_TILES: tiles of 16 rows of W of a warp, where gated one half of them gate, one up.
-// BLOCK_K: columns of a chunk.
-template <int X_TILES, int ROW_TILES, bool GATED, bool NORM, int BLOCK_K>
-__global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
+// X_TILES: tiles of 8 rows of x. A warp has a tile of 16 rows of W, where gated one of gate and one of up. BLOCK_K: columns
+// of a chunk.
+template <int X_TILES, bool GATED, bool NORM, int BLOCK_K>
+__global__ void __launch_bounds__(MAX_WARPS * 32, 1)
     some_rows_kernel(const __grid_constant__ SomeRowsArguments arguments) {
-  constexpr int ROW_BYTES = 2 * BLOCK_K, PIECES = BLOCK_K / 8, LINES = 32 / PIECES;
-  constexpr bool GROUPS = in_groups(X_TILES, NORM, BLOCK_K);
-  constexpr int ROWS = 8 * X_TILES, WIDTH = 16 * ROW_TILES, RESULTS = GATED ? WIDTH / 2 : WIDTH;  // of a warp
+  const FewRowsArguments& a = arguments.product;
+  constexpr int ROW_TILES = row_tiles(GATED), ROW_BYTES = 2 * BLOCK_K, PIECES = BLOCK_K / 8, LINES = 32 / PIECES;
+  constexpr int ROWS = 8 * X_TILES, WIDTH = 16 * ROW_TILES, RESULTS = 16;  // of a warp
   PYMLLM_SHARED(smem);
   launch_dependents();
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  FewRowsArguments a = arguments.product;
-  if (X_TILES == MAX_X_TILES) take_part(a, blockIdx.y);
   const int m = static_cast<int>(a.m), n = static_cast<int>(a.n), k = static_cast<int>(a.k);
   const int stages = arguments.stages, splits = arguments.splits;
   const int rank = blockIdx.x % splits, tile = blockIdx.x / splits, chunks = k / BLOCK_K;
   const int begin = rank * chunks / splits, count = (rank + 1) * chunks / splits - begin;
-  const Room at(X_TILES, ROW_TILES, BLOCK_K, warps, stages, splits, NORM);
+  const Room at(X_TILES, GATED, BLOCK_K, warps, stages, splits, NORM);
   std::uint64_t* const pushed = reinterpret_cast<std::uint64_t*>(smem + at.barrier);
   if (splits > 1) {
     if (rank == 0 && threadIdx.x == 0) expect_pushes(pushed, (splits - 1) * at.share);
@@ -73,13 +67,13 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
   const int x_at = warps * WIDTH * ROW_BYTES, gain_at = x_at + ROWS * ROW_BYTES;
   // The next chunk of W. Rows after the last are zeros and are not read.
   const auto fetch_weights = [&](char* stage) {
-    char* const to = stage + (GROUPS ? warp / 4 * 4 * WIDTH + warp % 4 * 16 + line : warp * WIDTH + line) * ROW_BYTES;
+    char* const to = stage + (warp * WIDTH + line) * ROW_BYTES;
 #pragma unroll
     for (int i = 0; i < WIDTH; i += LINES) {
       const bool up = GATED && i >= RESULTS;
       const int row = up ? i - RESULTS : i;
-      // As `swizzled`, of row i + line. A group of warps has its first tiles together, then its second ones.
-      copy_async(to + (GROUPS ? i / 16 * 64 + i % 16 : i) * ROW_BYTES + (16 * (piece ^ line) ^ 16 * (i & 7)),
+      // As `swizzled`, of row i + line.
+      copy_async(to + i * ROW_BYTES + (16 * (piece ^ line) ^ 16 * (i & 7)),
                  weight + (up ? to_up : 0) + static_cast<std::uint64_t>(row) * stride, row < left);
     }
     weight += ROW_BYTES;
@@ -95,28 +89,20 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
   if (splits > 1) wait_begun();
   // Columns of the product that no row of x belongs to are computed from what lies there, and written nowhere.
   const int x_row = threadIdx.x / PIECES, x_rows = blockDim.x / PIECES;
-  const char* x = static_cast<const char*>(a.x) + begin * ROW_BYTES;
-  // x of these chunks through registers, all loads before the first store: copies would arrive behind all of the
-  // weights above.
-  constexpr int HELD = X_TILES == 1 ? 8 : 12;
-  const int pieces = min(stages - 1, count) * ROWS * PIECES;
-  for (int base = threadIdx.x; base < pieces; base += HELD * blockDim.x) {
-    uint4 held[HELD];
+  const char* x = static_cast<const char*>(a.x) + begin * ROW_BYTES + 16 * piece;
+  // x of these chunks through registers: copies would arrive behind all of the weights above.
+  for (int row = x_row; row < m; row += x_rows) {
+    uint4 held[MAX_STAGES - 1];
 #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-      const int index = base + i * blockDim.x, row = index / PIECES % ROWS;
-      if (index < pieces && row < m)
-        held[i] = load_shared_with_others(x + row * a.x_stride + index / PIECES / ROWS * ROW_BYTES + index % PIECES * 16);
-    }
+    for (int stage = 0; stage < MAX_STAGES - 1; stage++)
+      if (stage < stages - 1 && stage < count)
+        held[stage] = load_shared_with_others(x + row * a.x_stride + stage * ROW_BYTES);
 #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-      const int index = base + i * blockDim.x, row = index / PIECES % ROWS;
-      if (index < pieces && row < m)
-        *reinterpret_cast<uint4*>(smem + index / PIECES / ROWS * at.stage + x_at +
-                                  swizzled<BLOCK_K>(row, index % PIECES)) = held[i];
-    }
+    for (int stage = 0; stage < MAX_STAGES - 1; stage++)
+      if (stage < stages - 1 && stage < count)
+        *reinterpret_cast<uint4*>(smem + stage * at.stage + x_at + swizzled<BLOCK_K>(row, piece)) = held[stage];
   }
-  x += (stages - 1) * ROW_BYTES + 16 * piece;
+  x += (stages - 1) * ROW_BYTES;
   const auto fetch_x = [&](char* stage) {
     for (int row = x_row; row < m; row += x_rows)
       copy_async(stage + x_at + swizzled<BLOCK_K>(row, piece), x + row * a.x_stride, true);
@@ -131,29 +117,15 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
   const int a_row = warp * WIDTH + lane % 16, b_row = lane % 8;
   for (int chunk = 0, slot = 0, free = stages - 1; chunk < count; chunk++) {
     wait_for_copies(stages - 2);
-    if (GROUPS) fence_copies();
     sync_block();  // the chunk is there for all, and all are done with the one before
-    const char* const stage = smem + slot * at.stage;
-    if constexpr (GROUPS) {
-      begin_products();
-#pragma unroll
-      for (int j = 0; j < BLOCK_K / 16; j++)
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; r++)
-          multiply_group(sums[r], stage + (warp / 4 * 4 * WIDTH + r * 64) * ROW_BYTES + 32 * j, stage + x_at + 32 * j);
-      commit_products();
-    }
     if (chunk + stages - 1 < count) {
       fetch_weights(smem + free * at.stage);
       fetch_x(smem + free * at.stage);
     }
     copy_commit();
+    const char* const stage = smem + slot * at.stage;
     slot = slot + 1 == stages ? 0 : slot + 1;
     free = free + 1 == stages ? 0 : free + 1;
-    if constexpr (GROUPS) {
-      wait_for_products(sums);
-      continue;
-    }
 #pragma unroll
     for (int j = 0; j < BLOCK_K / 32; j++) {
       std::uint32_t w[ROW_TILES][2][4], by[4];
@@ -243,7 +215,7 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
   sync_block();
 
   // A pair of neighbouring results a thread, STEP rows apart: the block's threads fill so many rows.
-  constexpr int STEP = 64 / RESULTS, BATCH = ROWS / STEP < 4 ? ROWS / STEP : 4;
+  constexpr int STEP = 64 / RESULTS, BATCH = ROWS / STEP;
   const int wide = RESULTS * warps / 2, place = 2 * (threadIdx.x % wide), column = tile * warps * RESULTS + place;
   const int from = GATED ? place / RESULTS * WIDTH + place % RESULTS : place;
   for (int top = threadIdx.x / wide; top < m; top += BATCH * STEP) {
@@ -262,40 +234,21 @@ __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, 1)
   }
 }
 
-template <int X_TILES, int ROW_TILES, bool GATED, bool NORM, int BLOCK_K>
+template <int X_TILES, bool GATED, bool NORM, int BLOCK_K>
 int run(const SomeRowsArguments& arguments, cudaStream_t stream) {
   const FewRowsArguments& a = arguments.product;
-  if (a.warps < 1 || a.warps > max_warps(X_TILES, ROW_TILES)) return kShape;
-  if (in_groups(X_TILES, NORM, BLOCK_K) && a.warps % 4) return kShape;
-  const Room at(X_TILES, ROW_TILES, BLOCK_K, a.warps, arguments.stages, arguments.splits, NORM);
-  const std::int64_t results = (GATED ? 8 : 16) * ROW_TILES * a.warps, blocks = (a.n + results - 1) / results;
-  return launch_clusters(some_rows_kernel<X_TILES, ROW_TILES, GATED, NORM, BLOCK_K>,
-                         dim3(static_cast<unsigned>(blocks * arguments.splits), static_cast<unsigned>((a.m + 63) / 64)),
-                         arguments.splits, 32 * a.warps, at.total,
+  const Room at(X_TILES, GATED, BLOCK_K, a.warps, arguments.stages, arguments.splits, NORM);
+  const std::int64_t results = 16 * a.warps, blocks = (a.n + results - 1) / results;
+  return launch_clusters(some_rows_kernel<X_TILES, GATED, NORM, BLOCK_K>,
+                         dim3(static_cast<unsigned>(blocks * arguments.splits)), arguments.splits, 32 * a.warps, at.total,
                          a.pdl != 0, stream, arguments);
 }
 
-template <int X_TILES, int ROW_TILES, bool GATED>
+template <int X_TILES, bool GATED>
 int choose(const SomeRowsArguments& a, cudaStream_t stream) {
-  const bool norm = a.product.norm != nullptr;
-  if (a.block_k == 64)
-    return norm ? run<X_TILES, ROW_TILES, GATED, true, 64>(a, stream) : run<X_TILES, ROW_TILES, GATED, false, 64>(a, stream);
-  // A stage of more would leave no room for a second and a third.
-  if constexpr (ROW_TILES <= 2)
-    return norm ? run<X_TILES, ROW_TILES, GATED, true, 128>(a, stream) : run<X_TILES, ROW_TILES, GATED, false, 128>(a, stream);
-  return kShape;
-}
-
-template <int X_TILES>
-int choose_tiles(const SomeRowsArguments& a, cudaStream_t stream) {
-  if (a.product.gated) {
-    if (a.product.row_tiles == 2) return choose<X_TILES, 2, true>(a, stream);
-    if (a.product.row_tiles == 4) return choose<X_TILES, 4, true>(a, stream);
-  } else {
-    if (a.product.row_tiles == 1) return choose<X_TILES, 1, false>(a, stream);
-    if (a.product.row_tiles == 2) return choose<X_TILES, 2, false>(a, stream);
-  }
-  return kShape;
+  if (a.product.norm != nullptr)
+    return a.block_k == 64 ? run<X_TILES, GATED, true, 64>(a, stream) : run<X_TILES, GATED, true, 128>(a, stream);
+  return a.block_k == 64 ? run<X_TILES, GATED, false, 64>(a, stream) : run<X_TILES, GATED, false, 128>(a, stream);
 }
 
 }  // namespace
@@ -307,17 +260,13 @@ PYMLLM_EXPORT int pymllm_some_rows(const SomeRowsArguments* a, void* stream) {
   if ((a->block_k != 64 && a->block_k != 128) || a->product.k % a->block_k || stride % 16 || stride >= 1ll << 32)
     return kShape;
   if (a->stages < 2 || a->stages > MAX_STAGES || splits < 1 || splits > 8 || splits & (splits - 1)) return kShape;
-  if (m < 1) return kShape;
-  if (m <= 8) return choose_tiles<1>(*a, on);
-  if (m <= 16) return choose_tiles<2>(*a, on);
-  if (m <= 32) return choose_tiles<4>(*a, on);
-  return m <= MAX_ROWS ? choose_tiles<MAX_X_TILES>(*a, on) : kShape;
+  if (m < 1 || m > MAX_ROWS || a->product.warps < 1 || a->product.warps > MAX_WARPS) return kShape;
+  if (m <= 8) return a->product.gated ? choose<1, true>(*a, on) : choose<1, false>(*a, on);
+  return a->product.gated ? choose<2, true>(*a, on) : choose<2, false>(*a, on);
 }
 
-// Bytes of shared memory of a block, by m, norm, row_tiles and warps of the product, block_k, stages and splits.
+// Bytes of shared memory of a block, by m, norm, gated and warps of the product, block_k, stages and splits.
 PYMLLM_EXPORT int pymllm_some_rows_shared_memory(const SomeRowsArguments* a) {
-  int x_tiles = 1;
-  while (x_tiles < MAX_X_TILES && 8 * x_tiles < a->product.m) x_tiles *= 2;
-  return Room(x_tiles, a->product.row_tiles, a->block_k, a->product.warps, a->stages, a->splits, a->product.norm != nullptr)
-      .total;
+  const FewRowsArguments& of = a->product;
+  return Room(of.m <= 8 ? 1 : 2, of.gated, a->block_k, of.warps, a->stages, a->splits, of.norm != nullptr).total;
 }

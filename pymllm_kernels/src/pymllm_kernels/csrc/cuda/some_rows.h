@@ -4,11 +4,10 @@
 
 #define PYMLLM_FORMAT 0
 #include "few_rows.h"
-#include "group.h"
 
 // Mirrored by `Arguments` in cuda/some_rows_library.py.
 struct SomeRowsArguments {
-  FewRowsArguments product;  // row_tiles: of a warp. Not used: x_scale, scale, groups, staged, ahead, blocks, closer
+  FewRowsArguments product;  // not used: x_scale, scale, groups, staged, row_tiles, ahead, blocks, closer
   std::int32_t block_k;      // columns of a chunk: 64 or 128
   std::int32_t stages;       // chunks that a block has room for: 2 to MAX_STAGES
   std::int32_t splits;       // blocks of a cluster that share the columns: 1, 2, 4 or 8; below compute capability 9.0: 1
@@ -16,25 +15,10 @@ struct SomeRowsArguments {
 
 namespace {
 
-constexpr int MAX_STAGES = 8, MAX_X_TILES = 8, MAX_ROWS = 256;
+constexpr int MAX_STAGES = 8, MAX_ROWS = 16, MAX_WARPS = 12;
 
-// What is left of the arguments for the blocks that have the `part`-th 64 rows of x.
-DEVICE void take_part(FewRowsArguments& a, int part) {
-  const int first = part * 8 * MAX_X_TILES;
-  a.m = min(static_cast<int>(a.m) - first, 8 * MAX_X_TILES);
-  a.x = static_cast<const char*>(a.x) + first * a.x_stride;
-  if (a.residual != nullptr) a.residual = static_cast<const std::uint16_t*>(a.residual) + first * a.residual_stride;
-  a.out = static_cast<char*>(a.out) + first * a.n * (a.out_float ? 4 : 2);
-}
-
-// Whether groups of four warps multiply together (wgmma). Its operands lie in shared memory as `swizzled<64>` puts them, so
-// that x cannot be multiplied by the norm's weight on the way.
-HOST_DEVICE constexpr bool in_groups(int x_tiles, bool norm, int block_k) {
-  return PYMLLM_WGMMA && x_tiles >= 4 && !norm && block_k == 64;
-}
-
-// Fewer where a thread has 64 sums and more: 12 warps have 168 registers each, which would not hold them all.
-HOST_DEVICE constexpr int max_warps(int x_tiles, int row_tiles) { return x_tiles * row_tiles >= 16 ? 8 : 12; }
+// Tiles of 16 rows of W that a warp has.
+HOST_DEVICE constexpr int row_tiles(bool gated) { return gated ? 2 : 1; }
 
 // A stage holds a chunk of the block's rows of W, of all rows of x and, with a norm, of its weight. Behind the stages:
 // sums of squares [split][warp][row of x], the norm's factors [row of x], the barrier of the pushes, and what the other
@@ -44,9 +28,9 @@ struct Room {
   int stride;  // floats
   int stage, squares, factors, barrier, inbox, share, total;  // bytes; share: what one block pushes
 
-  HOST_DEVICE Room(int x_tiles, int row_tiles, int block_k, int warps, int stages, int splits, bool norm) {
-    const int width = 16 * row_tiles * warps, rows = 8 * x_tiles;
-    const int pairs = 2 * x_tiles * row_tiles * 32 * warps * 8, all_squares = norm ? 4 * rows * warps : 0;
+  HOST_DEVICE Room(int x_tiles, bool gated, int block_k, int warps, int stages, int splits, bool norm) {
+    const int width = 16 * row_tiles(gated) * warps, rows = 8 * x_tiles;
+    const int pairs = 2 * x_tiles * row_tiles(gated) * 32 * warps * 8, all_squares = norm ? 4 * rows * warps : 0;
     // 4 more than the rows of W, so that the lanes of a warp write to 32 banks.
     stride = width + 4;
     stage = (width + rows + (norm ? 1 : 0)) * 2 * block_k;

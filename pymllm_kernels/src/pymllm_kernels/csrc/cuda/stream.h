@@ -8,7 +8,7 @@
 #define PYMLLM_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Declares the shared memory of a block.
-#define PYMLLM_SHARED(name) extern __shared__ __align__(1024) char name[]
+#define PYMLLM_SHARED(name) extern __shared__ __align__(16) char name[]
 
 // ---- memory ----
 
