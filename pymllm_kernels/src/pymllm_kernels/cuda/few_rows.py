@@ -20,7 +20,6 @@ from pymllm_kernels.cuda.few_rows_plan import (
     SMALL,
     one_row_is_ours,
     one_row_plan,
-    some_rows_take_one,
     tiles_plan,
 )
 from pymllm_kernels.cuda.some_rows_library import MAX_ROWS as SOME_ROWS
@@ -114,8 +113,7 @@ class CudaLinear:
     ) -> Tensor:
         (rows, k), own, dtype = x.shape, packed.own, out_dtype or x.dtype
         device = gpu(x.device)
-        one = rows == 1 and some_rows_take_one(own.n, k, device.sms, gated=own.gated)
-        some = k % 64 == 0 and (one or 1 < rows <= SOME_ROWS)
+        some = 1 < rows <= SOME_ROWS and k % 64 == 0
         ours = rows == 1 and own.weight.numel() * 2 >= SMALL and one_row_is_ours(own.n, k, device.sms)
         if dtype not in _OUT or not (some or ours):
             return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)

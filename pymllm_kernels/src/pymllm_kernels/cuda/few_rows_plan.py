@@ -32,11 +32,6 @@ def one_row_is_ours(n: int, k: int, sms: int) -> bool:
     return is_head(n, sms) or k % 2048 != 0
 
 
-def some_rows_take_one(n: int, k: int, sms: int, *, gated: bool) -> bool:
-    """Whether the kernels of some rows are faster for one row, too: of large weights with more rows than columns."""
-    return not gated and k < n and not is_head(n, sms) and n * k * 2 >= SMALL and k % 2048 != 0
-
-
 def one_row_plan(n: int, k: int, sms: int, *, gated: bool, bits: int) -> Plan:
     """For one row and weights of 8 or 16 bits: 512 bytes of a row of the weight at a time. n: results."""
     if bits == 8:
