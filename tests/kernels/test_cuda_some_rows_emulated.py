@@ -18,8 +18,8 @@ from triton_support import randn
 from pymllm_kernels.cuda.few_rows_library import FewRowsError, Operand
 from pymllm_kernels.cuda.some_rows_library import (
     MAX_STAGES,
-    Arguments,
     MAX_WARPS,
+    Arguments,
     Plan,
     SomeRows,
     shared_bytes,
