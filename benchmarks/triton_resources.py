@@ -24,6 +24,7 @@ from pymllm_core.protocols.attention import AttentionConfig, ForwardContext, Lay
 from pymllm_kernels.triton.aot import Compiled, recorded
 from pymllm_kernels.triton.attention import TritonAttention
 from pymllm_kernels.triton.attention_prep import TritonAttentionPrep
+from pymllm_kernels.triton.embedding import triton_embedding
 from pymllm_kernels.triton.greedy_step import TritonGreedyStep
 from pymllm_kernels.triton.launch import LEAST_SHARED, SHARED
 from pymllm_kernels.triton.linear import TritonLinear
@@ -136,6 +137,8 @@ def main() -> None:
         capability = (int(wanted[0]), int(wanted[2]))
         for model, rows in itertools.product(args.models.split(","), map(int, args.rows.split(","))):
             with recorded(capability=capability, sms=SMS[capability]) as launches:
+                hidden = MODELS[model].hidden
+                triton_embedding(nothing(rows, dtype=torch.int64), nothing(151936, hidden))
                 linears(MODELS[model], rows)
                 attention(MODELS[model], rows)
                 if rows <= 16:

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gpu_answers import FORMATS, GRAPHS, check_answers
 from greedy_reference import MAX_TOKENS, QUESTIONS, chat, greedy, reference
 
 from pymllm_core import LLM, SamplingParams
 from pymllm_core.config import Settings
 from pymllm_core.engine.build import assemble, build_engine
+from pymllm_core.engine.inputs import on_device
 from pymllm_core.testing.engines import complete
 
 pytestmark = pytest.mark.gpu
@@ -159,3 +161,17 @@ def test_float32_logits_equal_transformers(tmp_path: Path) -> None:
         got = torch.tensor([entry.logprob for entry in answer.logprobs])
         # Float32 sums in another order on another device; TF32 is off by default in torch.
         assert torch.allclose(got, expected.max(-1).values, atol=1e-3)
+
+
+def test_numbers_are_sent_without_waiting_for_the_device() -> None:
+    """Else a step could not be launched while the one before it runs."""
+    device = torch.device("cuda")
+    on_device([0], device)  # pinned memory is there
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    torch.cuda._sleep(1 << 29)  # clocks: about a third of a second
+    sent = [on_device([step, 7 - step], device, torch.float32) for step in range(50)]
+    asked = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    assert asked < (time.perf_counter() - begin) / 2
+    assert [numbers.tolist() for numbers in sent] == [[step, 7 - step] for step in range(50)]

@@ -18,7 +18,7 @@ KERNELS = {
     "w8a8_matmul_kernel", "w4a16_few_rows_kernel",
     "w4a16_dequantize_kernel", "w8a16_matvec_kernel", "w8a16_few_rows_kernel", "w8a16_dequantize_kernel",
     "attention_prep_kernel", "decode_kernel", "prefill_kernel", "prepare_and_decode_kernel",
-    "best_of_part_kernel", "next_step_kernel",
+    "best_of_part_kernel", "next_step_kernel", "embedding_kernel",
 }  # fmt: skip
 
 

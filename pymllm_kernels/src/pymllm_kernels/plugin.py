@@ -110,6 +110,7 @@ def _triton_kernels() -> list[KernelSpec]:
                 _triton(head_dim=ShapeRule(multiple_of=2)),
             ),
             ("moe_route", "moe_route:make_route", _triton()),
+            ("embedding", "embedding:make_embedding", _triton(("bfloat16", "float16", "float32"))),
             # Logits are float32, whatever the model computes in.
             ("greedy_step", "greedy_step:TritonGreedyStep", _triton(("bfloat16", "float16", "float32"))),
             ("moe_experts", "moe:TritonExperts", _triton()),

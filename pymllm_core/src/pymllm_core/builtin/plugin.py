@@ -62,6 +62,7 @@ def pymllm_kernels() -> list[KernelSpec]:
             )
         ),
         *_cpu_quantised(),
+        KernelSpec(operation="embedding", name="torch", implementation=f"{kernels}:torch_embedding"),
         KernelSpec(
             operation="attention_prep", name="torch", implementation=f"{kernels}:torch_attention_prep"
         ),

@@ -55,6 +55,11 @@ class OneDnnLinear:
         return y if out_dtype is None else y.to(out_dtype)
 
 
+def torch_embedding() -> ops.LookUp:
+    """``embedding`` by its definition."""
+    return ops.embedding
+
+
 def torch_attention_prep() -> ops.AttentionPrep:
     """``attention_prep`` by its definition."""
     return ops.attention_prep

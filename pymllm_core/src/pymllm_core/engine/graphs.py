@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pymllm_core.engine.batch import Chunk
-from pymllm_core.engine.inputs import PageTables
+from pymllm_core.engine.inputs import PageTables, on_device
 from pymllm_core.engine.pieces import borrow
 from pymllm_core.engine.sampler import Group, draw
 from pymllm_core.nn.step_ops import DecodeState, GreedyStep
@@ -288,10 +288,10 @@ class DecodeGraphs:
             else:
                 ids[index] = chunk.sequence.tokens[chunk.start]
         device = self.ids.device
-        taken = earlier[torch.tensor(there, device=device)] if there else None
+        taken = earlier[on_device(there, device)] if there else None
         self.ids.copy_(host.ids, non_blocking=True)
         if taken is not None:
-            self.ids[torch.tensor(here, device=device)] = taken
+            self.ids[on_device(here, device)] = taken
 
     def _context(self, key: Key) -> ForwardContext:
         size, short = key

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from pymllm_core.engine.sequence import Sequence
+
+
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of these numbers (nested lists, or a NumPy array) on the device.
+
+    `torch.tensor(values, device=...)` waits until a CUDA device has done all that it was given, because the memory it
+    copies from may go away. This does not, so that the next step is launched while the last one runs.
+    """
+    host = torch.as_tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 class PageTables:

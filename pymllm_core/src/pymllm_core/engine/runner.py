@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pymllm_core.engine.batch import Batch, Chunk
 from pymllm_core.engine.graphs import DecodeGraphs
-from pymllm_core.engine.inputs import PageTables, StepInputs
+from pymllm_core.engine.inputs import PageTables, StepInputs, on_device
 from pymllm_core.engine.pieces import PieceGraphs
 from pymllm_core.engine.sampler import Sampler, SamplerOutput, uniform
 from pymllm_core.engine.sequence import Sequence
@@ -231,7 +231,7 @@ class Runner:
         input_ids, ctx = self._prepare(batch.chunks, batch.num_decodes)
         if len(sampling) != len(input_ids):
             last = np.cumsum(ctx.query_lens)[sampling] - 1
-            ctx.output_rows = torch.from_numpy(last).to(self.config.device)
+            ctx.output_rows = on_device(last, self.config.device)
         self._attention.plan(ctx)
         if self._pieces is not None and (logits := self._pieces.run(input_ids, ctx)) is not None:
             return logits
@@ -268,21 +268,19 @@ class Runner:
         inputs.kv_lens[: len(chunks)] = kv_lens
         width = -(-max(kv_lens) // size)
         # Advanced indexing copies, so the table may change while the step is in flight.
-        page_table = torch.from_numpy(self._pages.table[rows, :width])
+        page_table = on_device(self._pages.table[rows, :width], self.config.device)
         ids = inputs.send("ids", token)
         if from_device:
             # Decodes come first and have one token each: an index into the batch is one into the tokens.
-            where = torch.tensor(from_device, device=self.config.device)
-            which = torch.tensor(
-                [self._where[rows[index]] for index in from_device], device=self.config.device
-            )
+            where = on_device(from_device, self.config.device)
+            which = on_device([self._where[rows[index]] for index in from_device], self.config.device)
             ids[where] = self._tokens[which]
         return ids, ForwardContext(
             positions=inputs.send("positions", token),
             slots=inputs.send("slots", token),
             query_start=inputs.send("query_start", len(chunks) + 1),
             kv_lens=inputs.send("kv_lens", len(chunks)),
-            page_table=page_table.to(self.config.device, non_blocking=True),
+            page_table=page_table,
             num_decodes=num_decodes,
             query_lens=query_lens,
             kv_lens_host=kv_lens,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pymllm_core.engine.inputs import on_device
 from pymllm_core.engine.sequence import Sequence
 from pymllm_core.request import SamplingParams
 
@@ -107,7 +108,7 @@ class Sampler:
         self._generated[row].zero_()
         self._prompted[row].zero_()
         prompt, generated = (
-            torch.tensor([t for t in tokens if t < self.vocab_size], dtype=torch.int64, device=self._device)
+            on_device([t for t in tokens if t < self.vocab_size], self._device, torch.int64)
             for tokens in (sequence.tokens[: sequence.prompt_len], sequence.tokens[sequence.prompt_len :])
         )
         self._prompted[row, prompt] = True
@@ -146,15 +147,13 @@ class Sampler:
             logits.index_put_((rows, ids), values, accumulate=True)
         tokens = logits.argmax(dim=-1)
         if not prepared.all_greedy:
-            draws = torch.tensor(
-                [uniform(s.seed, i) for s, i in zip(sequences, indices, strict=True)],
-                dtype=torch.float64,
-            ).to(self._device, non_blocking=True)
+            numbers = [uniform(s.seed, i) for s, i in zip(sequences, indices, strict=True)]
+            draws = on_device(numbers, self._device, torch.float64)
             for group in prepared.groups:
                 tokens[group.index] = draw(logits[group.index], group, draws[group.index])
         if prepared.penalties is not None:
             assert self._generated is not None
-            rows = torch.tensor(prepared.penalised, device=self._device)
+            rows = on_device(prepared.penalised, self._device)
             self._generated[prepared.buffers, tokens[rows]] += 1
         if prepared.logprobs is None:
             return SamplerOutput(tokens)
@@ -169,7 +168,7 @@ class Sampler:
                 groups.setdefault(size, Group(size)).rows.append(row)
         for group in groups.values():
             chosen = [params[row] for row in group.rows]
-            group.index = torch.tensor(group.rows, device=self._device)
+            group.index = on_device(group.rows, self._device)
             group.temperature = self._column([p.temperature for p in chosen])
             group.top_k = self._column([p.top_k if p.top_k > 0 else self.vocab_size for p in chosen])
             group.top_p = self._column([p.top_p for p in chosen])
@@ -177,14 +176,12 @@ class Sampler:
         penalised = [row for row, p in enumerate(params) if p.penalised]
         penalties = buffers = None
         if penalised:
-            buffers = torch.tensor([sequences[row].row for row in penalised], device=self._device)
-            penalties = torch.tensor(
-                [
-                    (params[r].repetition_penalty, params[r].frequency_penalty, params[r].presence_penalty)
-                    for r in penalised
-                ],
-                device=self._device,
-            )
+            buffers = on_device([sequences[row].row for row in penalised], self._device)
+            each = [
+                (params[r].repetition_penalty, params[r].frequency_penalty, params[r].presence_penalty)
+                for r in penalised
+            ]
+            penalties = on_device(each, self._device, torch.float32)
         triples = [
             (row, token, value)
             for row, p in enumerate(params)
@@ -195,9 +192,9 @@ class Sampler:
         if triples:
             rows, ids, values = zip(*triples, strict=True)
             bias = (
-                torch.tensor(rows, device=self._device),
-                torch.tensor(ids, device=self._device),
-                torch.tensor(values, device=self._device, dtype=torch.float32),
+                on_device(rows, self._device),
+                on_device(ids, self._device),
+                on_device(values, self._device, torch.float32),
             )
         wanted = [p.logprobs for p in params if p.logprobs is not None]
         return _Prepared(
@@ -212,7 +209,7 @@ class Sampler:
         )
 
     def _column(self, values: list[float] | list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self._device)[:, None]
+        return on_device(values, self._device, torch.float64)[:, None]
 
     def _candidates(self, params: SamplingParams) -> int:
         if params.top_k > 0:

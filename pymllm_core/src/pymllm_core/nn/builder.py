@@ -219,7 +219,8 @@ class Builder:
         scheme = self._scheme(layer)
         if scheme is not None:
             return self._add(QuantisedEmbedding(name, vocab_size, hidden_size, scheme))
-        return self._add(Embedding(name, vocab_size, hidden_size, self.dtype))
+        look_up = self._kernel(ops.EMBEDDING, {"hidden_size": hidden_size})
+        return self._add(Embedding(name, vocab_size, hidden_size, self.dtype, look_up))
 
     def norm(self, name: str, size: int, eps: float) -> RMSNorm:
         return self._add(RMSNorm(name, size, eps, self.dtype))

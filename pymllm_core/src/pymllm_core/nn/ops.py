@@ -14,6 +14,7 @@ operation           tensors given to `pack`
 ``w8a8_linear``     ``weight`` [N, K] int8, ``weight_scale`` [N] float32; for static activations
                     ``input_scale`` and, where asymmetric, ``input_zero_point`` (float32, int32, no
                     dimensions); for asymmetric ones ``weight_sum`` [N] int32; optional ``bias``
+``embedding``       none; see `embedding`
 ``attention_prep``  none; see `attention_prep`
 ``moe_route``       none; see `moe_ops.route`
 ``moe_experts``     those of ``linear`` for all experts, see `protocols.kernel.ExpertsKernel`; likewise
@@ -31,6 +32,7 @@ up), those of the format for gate and up, and for down with ``down_`` before the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -38,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LINEAR = "linear"
+EMBEDDING = "embedding"
 ATTENTION_PREP = "attention_prep"
 W4A16_LINEAR = "w4a16_linear"
 W8A16_LINEAR = "w8a16_linear"
@@ -52,7 +55,15 @@ EXPERTS_OF = {
     W8A8_LINEAR: "w8a8_moe_experts",
 }
 """The operation of experts whose linears are of this one."""
-OPERATIONS = (*EXPERTS_OF, ATTENTION_PREP, MOE_ROUTE, *EXPERTS_OF.values(), MIXED_EXPERTS, GREEDY_STEP)
+OPERATIONS = (
+    *EXPERTS_OF,
+    EMBEDDING,
+    ATTENTION_PREP,
+    MOE_ROUTE,
+    *EXPERTS_OF.values(),
+    MIXED_EXPERTS,
+    GREEDY_STEP,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,6 +89,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(x.dtype)[:, None, :], sin.to(x.dtype)[:, None, :]
     low, high = x[..., :half], x[..., half:]
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+LookUp = Callable[[Tensor, Tensor], Tensor]
+"""The operation ``embedding``."""
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight [V, H] by ids [T] int64: [T, H]."""
+    return F.embedding(ids, weight)
 
 
 class AttentionPrep(Protocol):
