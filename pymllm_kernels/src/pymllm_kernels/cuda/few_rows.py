@@ -83,7 +83,7 @@ class PackedInt4:
 class CudaLinear:
     """`protocols.kernel.LinearKernel` for ``linear`` in bfloat16.
 
-    One row of some large weights, and 2 to 16 rows; the rest is `TritonLinear`'s.
+    One row of some large weights, and 2 to 16 rows where K is a multiple of 64; the rest is `TritonLinear`'s.
     """
 
     fuses = TritonLinear.fuses
