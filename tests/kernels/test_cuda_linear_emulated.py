@@ -12,9 +12,11 @@ import torch
 from few_rows_support import BF16, F32, check, weights
 from triton_support import randn
 
+from pymllm_kernels.cuda import few_rows
 from pymllm_kernels.cuda.few_rows import MAX_NORMED, CudaLinear
 from pymllm_kernels.cuda.few_rows_library import FewRows
-from pymllm_kernels.cuda.some_rows_library import SomeRows
+from pymllm_kernels.cuda.some_rows_library import Plan, SomeRows
+from pymllm_kernels.cuda.some_rows_plan import some_rows_plan
 from pymllm_kernels.triton.launch import Gpu, pretend
 from pymllm_kernels.triton.linear import TritonLinear
 
@@ -56,12 +58,20 @@ def test_two_to_sixteen_rows(computed_by: list[str], rows: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 13])
-def test_blocks_of_a_cluster(computed_by: list[str], rows: int) -> None:
+@pytest.mark.parametrize("major", [8, 9])
+def test_blocks_of_a_cluster(monkeypatch: pytest.MonkeyPatch, rows: int, major: int) -> None:
     """Where the device has clusters, they share the columns."""
-    with pretend(Gpu(132, 9, 227 << 10, pdl=False)):
+    plans: list[Plan] = []
+
+    def remembered(*arguments: Any, **options: Any) -> Plan:
+        plans.append(some_rows_plan(*arguments, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(few_rows, "some_rows_plan", remembered)
+    with pretend(Gpu(132, major, 227 << 10, pdl=False)):
         check("bfloat16", rows, 70, 1024, norm=True, residual=True, device=CPU)
         check("bfloat16", rows, 70, 512, norm=True, gated=True, out_dtype=F32, device=CPU)
-    assert computed_by == ["some rows"] * 2
+    assert [plan.splits > 1 for plan in plans] == [major >= 9] * 2
 
 
 @pytest.mark.parametrize(("rows", "k"), [(2, 32), (8, 200), (16, 1056), (17, 256), (40, 64)])
