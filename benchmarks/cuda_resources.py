@@ -5,7 +5,7 @@
                                         [--rows rows.jsonl] [--write docs/reference/cuda-kernels.md]
 
 Prints a Markdown table of what ptxas says of each kernel: registers a thread, bytes of shared memory a block,
-bytes spilled. Of the linear nodes of few rows, whose libraries hold 20 to 37 kernels, the one with most registers, the
+bytes spilled. Of the linear nodes of few rows, whose libraries hold 18 to 39 kernels, the one with most registers, the
 bytes that any of them spills at most, and shared memory for one row of 4096 columns with a norm, staged by 8 warps; of
 that of some rows likewise, with shared memory for 8 rows, 96 of the weight and 5 stages of 64 columns.
 Ends with an error where one spills more than SPILLS allows or asks for more than its device has. Compiles through
@@ -56,8 +56,8 @@ _PROPERTIES = re.compile(
 _DECODE = re.compile(
     r"entry function '\w*decode_kernelILi(\d+)ELi(\d+)ELb([01])E.*?(?=Compiling|\Z)", re.DOTALL
 )
-# X_TILES, ROW_TILES, GATED, STAGED of few_rows.cu's kernel; ROWS, GATED, AHEAD of one_row.h's; X_TILES, ROW_TILES,
-# GATED, NORM, BLOCK_K of some_rows.cu's
+# X_TILES, ROW_TILES, GATED, STAGED of tiles.h's kernel; ROWS, GATED, AHEAD of one_row.h's; X_TILES, GATED, NORM,
+# BLOCK_K of some_rows.cu's
 _FEW_ROWS = re.compile(
     r"entry function '\w*?(?P<kernel>few_rows_kernel|some_rows_kernel|one_row_kernel|prepare_kernel|widen_kernel)"
     r"(?:I(?P<values>\w+?)EEv)?.*?(?=Compiling|\Z)",
@@ -99,7 +99,7 @@ def decode_resources(dim: int, capability: Capability) -> list[dict[str, Any]]:
 def few_rows_resources(form: Format, capability: Capability) -> dict[str, Any]:
     """One row for all kernels of a format."""
     library = build_library(few_rows_library.recipe(form, capability))
-    sizes = Arguments(m=1, k=4096, norm=1, staged=1, row_tiles=2, warps=8)
+    sizes = Arguments(m=1, k=4096, norm=1, staged=1, row_tiles=2, ahead=form.weights == "bfloat16", warps=8)
     shared = ctypes.CDLL(str(library)).pymllm_few_rows_shared_memory(ctypes.byref(sizes))
     return largest_of(library, "few_rows", form.name, capability, shared)
 
@@ -107,7 +107,7 @@ def few_rows_resources(form: Format, capability: Capability) -> dict[str, Any]:
 def some_rows_resources(capability: Capability) -> dict[str, Any]:
     """One row for all kernels."""
     library = build_library(some_rows_library.recipe(capability))
-    product = Arguments(m=8, norm=1, row_tiles=1, warps=6)
+    product = Arguments(m=8, norm=1, warps=6)
     sizes = some_rows_library.Arguments(product=product, block_k=64, stages=5, splits=1)
     shared = ctypes.CDLL(str(library)).pymllm_some_rows_shared_memory(ctypes.byref(sizes))
     return largest_of(library, "some_rows", "bfloat16", capability, shared)
@@ -174,8 +174,8 @@ spilled bytes are of a thread, shared memory in bytes of a block, which may have
 listed. `few_rows` has a library for each format of weights: the kernel with most registers is named (numbers:
 tiles of 8 rows of x, tiles of 16 rows of the weight, gated, staged; of `one_row`: results of a warp, gated, loads
 ahead), the spilled bytes are the most of any, shared memory is that of one row of 4096 columns with a norm.
-`some_rows` likewise (numbers: tiles of 8 rows of x, tiles of 16 rows of the weight, gated, norm, columns of a chunk);
-shared memory is that of 8 rows of x with a norm, 96 rows of the weight and 5 stages of 64 columns.
+`some_rows` likewise (numbers: tiles of 8 rows of x, gated, norm, columns of a chunk); shared memory is that of
+8 rows of x with a norm, 96 rows of the weight and 5 stages of 64 columns.
 Triton's kernels have [a table of their own](gpu-kernels.md).
 
 | capability | kernel | tile | registers | shared | spilled | library KiB |

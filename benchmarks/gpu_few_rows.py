@@ -2,8 +2,9 @@
 
 Each candidate is a chain of calls in a captured CUDA graph, with more weights than the second-level cache holds.
 ``rules`` is the node, which chooses by its own rules; tuples are `few_rows_library.Plan`: row_tiles, warps, staged,
-ahead, blocks. A plan that is not staged includes the launch that norms or quantises x. Every candidate is appended to
-the file; the screen shows the best of them.
+ahead, blocks. A plan that is not staged includes the launch that norms or quantises x. Several rows of bfloat16 have
+no plans here: the node takes those of `some_rows_plan`. Every candidate is appended to the file; the screen shows the
+best of them.
 
     python benchmarks/gpu_few_rows.py [--models 0.6B,4B,8B] [--only linear,w8a8,w4a16] [--rows 1,8] [--group 128]
                                       [--no-variants] [--no-pdl] [--out results.jsonl]
@@ -38,11 +39,9 @@ FORMATS = {"linear": "bfloat16", "w8a8": "int8", "w4a16": "int4"}
 
 def plans(weights: str, rows: int, n: int, k: int, *, gated: bool) -> Iterator[Plan]:
     """Those to be tried. n: results."""
-    units, sms = k // UNIT[weights], gpu(DEVICE).sms
-    for staged, row_tiles, warps in itertools.product((True, False), (1, 2, 4), (2, 3, 4, 5, 6, 8, 10, 12)):
-        fits = warps <= min(most_warps(rows, row_tiles, weights), units) and (row_tiles > 1 or not gated)
-        if fits and (rows <= MAX_STAGED if staged else rows > 1):
-            yield Plan(row_tiles, warps, staged)
+    sms = gpu(DEVICE).sms
+    if weights != "bfloat16":
+        yield from tile_plans(weights, rows, k // UNIT[weights], gated=gated)
     if rows > 1 or weights == "int4":
         return
     loops = [(r, a) for r in (1, 2, 4) for a in (2, 4, 8) if (r, a) != (4, 8)]
@@ -51,6 +50,14 @@ def plans(weights: str, rows: int, n: int, k: int, *, gated: bool) -> Iterator[P
             yield Plan(row_tiles, warps, True, ahead)
         elif turns * warps <= 64 and ceil_div(n, row_tiles * warps) > turns * sms:
             yield Plan(row_tiles, warps, True, ahead, turns * sms)
+
+
+def tile_plans(weights: str, rows: int, units: int, *, gated: bool) -> Iterator[Plan]:
+    """Those of the tensor cores. units: of UNIT columns."""
+    for staged, row_tiles, warps in itertools.product((True, False), (1, 2, 4), (2, 3, 4, 5, 6, 8, 10, 12)):
+        fits = warps <= min(most_warps(rows, row_tiles, weights), units) and (row_tiles > 1 or not gated)
+        if fits and (rows <= MAX_STAGED if staged else rows > 1):
+            yield Plan(row_tiles, warps, staged)
 
 
 def sizes_of(shape: Shape, kind: str) -> dict[str, tuple[int, int, bool, bool, bool]]:

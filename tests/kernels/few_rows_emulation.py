@@ -1,4 +1,4 @@
-"""The linear nodes of few rows on the CPU: their sources compiled by g++, over an emulation of the hardware."""
+"""The linear nodes of few and of some rows on the CPU: their sources compiled by g++, the hardware emulated."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from pymllm_kernels.cuda import few_rows
 from pymllm_kernels.cuda.few_rows_library import UNIT, FewRows, Format
+from pymllm_kernels.cuda.some_rows_library import SomeRows
 
 HERE = Path(__file__).parent
 SOURCES = Path(few_rows.__file__).parent.parent / "csrc" / "cuda"
@@ -80,6 +81,7 @@ def emulated_nodes(emulation: Emulation) -> Iterator[None]:
     """The nodes get the emulation on the CPU, where their other kernels are Triton's."""
     patch = pytest.MonkeyPatch()
     patch.setattr(few_rows, "kernels_for", lambda weight, form: FewRows(emulation.library(form), form))
+    patch.setattr(few_rows, "some_kernels_for", lambda weight: SomeRows(emulation.some_rows()))
     patch.setattr(few_rows, "why_not_here", lambda capability, dtype: "emulated")
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     yield

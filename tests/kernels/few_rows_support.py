@@ -18,6 +18,8 @@ EPS = 0.25
 """Of the norm: large enough that a kernel without it is wrong."""
 
 NODES: dict[str, Any] = {"bfloat16": CudaLinear, "int8": CudaW8A8, "int4": CudaW4A16}
+TILED = ("int8", "int4")
+"""Formats of weights of which tensor cores multiply tiles."""
 
 
 def randint(seed: int, low: int, high: int, *shape: int) -> Tensor:

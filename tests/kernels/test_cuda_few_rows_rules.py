@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from few_rows_support import BF16, EPS, F32, NODES, own_product, weights
+from few_rows_support import BF16, EPS, F32, NODES, TILED, own_product, weights
 from triton_support import randn
 
 from pymllm_kernels.cuda import few_rows
 from pymllm_kernels.cuda.few_rows_library import (
     FORMATS,
-    UNIT,
     Arguments,
     FewRows,
     FewRowsError,
@@ -35,11 +34,15 @@ pytestmark = pytest.mark.usefixtures("emulated_nodes")
 @pytest.mark.parametrize(
     ("form", "rows", "k", "plan"),
     [
-        ("bfloat16", 2, 48, Plan(1, 2, False)),  # K
-        ("bfloat16", 33, 64, Plan(1, 2, False)),  # rows
-        ("bfloat16", 9, 64, Plan(1, 2, True)),  # rows in shared memory
-        ("bfloat16", 2, 64, Plan(3, 2, False)),  # tiles
-        ("bfloat16", 2, 64, Plan(1, 13, False)),  # warps
+        ("bfloat16", 1, 12, Plan(1, 2, True, 2)),  # K
+        ("bfloat16", 2, 64, Plan(1, 2, True, 2)),  # rows
+        ("bfloat16", 1, 64, Plan(1, 2, True)),  # tiles of bfloat16
+        ("bfloat16", 1, 64, Plan(1, 9, True, 2)),  # warps
+        ("int8", 2, 96, Plan(1, 2, False)),  # K
+        ("int8", 33, 64, Plan(1, 2, False)),  # rows
+        ("int8", 9, 64, Plan(1, 2, True)),  # rows in shared memory
+        ("int8", 2, 64, Plan(3, 2, False)),  # tiles
+        ("int8", 2, 64, Plan(1, 13, False)),  # warps
         ("int4", 20, 128, Plan(4, 2, False)),  # not compiled
         ("int8", 1, 64, Plan(4, 2, True, 8)),  # loads
         ("int4", 2, 128 * 1025, Plan(1, 2, False)),  # columns
@@ -69,16 +72,19 @@ def test_rules_choose_what_is_compiled_and_fits(
     """Every plan that the rules make is one that the library takes, with shared memory of the smallest device."""
     library = emulation.library(form)
     library.emulated_dry()
-    bits = {"bfloat16": 16, "int8": 8, "int4": 4}[form.weights]
+    bits, numbers = {
+        "bfloat16": (16, (1,)),
+        "int8": (8, (1, 2, 8)),
+        "int4": (4, (1, 2, 8, 9, 16, 17, 32)),
+    }[form.weights]
     operand = Operand(torch.empty(0), n, gated, torch.empty(0))
     for sms in (8, 16, 132):
-        for rows in (1, 2, 8, 9, 16, 17, 32) if form.weights == "int4" else (1, 2, 8):
+        for rows in numbers:
             norm = (torch.empty(k, dtype=BF16), EPS) if k <= few_rows.MAX_NORMED else None
             if rows == 1 and bits > 4:
                 plan = one_row_plan(n, k, sms, gated=gated, bits=bits)
             else:
-                normed = norm is not None
-                plan = tiles_plan(rows, n, k, sms, gated=gated, normed=normed, weights=form.weights)
+                plan = tiles_plan(rows, n, k, sms, gated=gated, weights=form.weights)
                 assert 1 <= plan.warps <= most_warps(rows, plan.row_tiles, form.weights)
             x = torch.empty(rows, k, dtype=BF16)
             FewRows(library, form)(x, operand, plan, norm=norm, residual=None, dtype=F32)
@@ -95,13 +101,13 @@ def test_which_weights_are_asked_for_while_x_is_on_its_way() -> None:
     assert one_row_plan(12288, 4096, sms, gated=True, bits=8).closer == 0
 
     def of_int4(rows: int, n: int, k: int, gated: bool) -> int:
-        return tiles_plan(rows, n, k, sms, gated=gated, normed=True, weights="int4").closer
+        return tiles_plan(rows, n, k, sms, gated=gated, weights="int4").closer
 
     assert [of_int4(1, 12288, 4096, True), of_int4(2, 12288, 4096, True)] == [512, 0]
     assert [of_int4(1, 9728, 2560, True), of_int4(1, 4096, 12288, False)] == [0, 0]
 
 
-@pytest.mark.parametrize("form", list(UNIT))
+@pytest.mark.parametrize("form", TILED)
 @pytest.mark.parametrize("row_tiles", [1, 2, 4])
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])
 def test_most_warps(emulation: Emulation, form: str, rows: int, row_tiles: int) -> None:

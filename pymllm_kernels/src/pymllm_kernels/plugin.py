@@ -147,7 +147,7 @@ def _cuda_kernels() -> list[KernelSpec]:
                 dtypes=("bfloat16",),
                 modules={"triton": "triton"},
                 shape=shape,
-                check=f"pymllm_kernels.cuda.few_rows_library:{check}",
+                check=f"pymllm_kernels.cuda.needs:{check}",
             ),
             priority=200,
         )
@@ -157,7 +157,7 @@ def _cuda_kernels() -> list[KernelSpec]:
                 "cuda",
                 "CudaLinear",
                 "why_not_linear",
-                {"K": ShapeRule(multiple_of=32, maximum=longest)},
+                {"K": ShapeRule(multiple_of=8, maximum=longest)},
             ),
             (
                 "w8a8_linear",

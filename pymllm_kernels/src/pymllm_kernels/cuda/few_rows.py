@@ -83,7 +83,7 @@ class PackedInt4:
 class CudaLinear:
     """`protocols.kernel.LinearKernel` for ``linear`` in bfloat16.
 
-    One row of some large weights, and 2 to 16 rows; the rest is `TritonLinear`'s.
+    One row of some large weights, and 2 to 16 rows where K is a multiple of 64; the rest is `TritonLinear`'s.
     """
 
     fuses = TritonLinear.fuses
@@ -97,7 +97,7 @@ class CudaLinear:
         """Raises KernelBuildError where the kernels have to be compiled and cannot."""
         weight = tensors["weight"]
         self._kernels = kernels_for(weight, Format("bfloat16"))
-        self._some = some_rows_kernels(torch.cuda.get_device_capability(weight.device))
+        self._some = some_kernels_for(weight)
         rest = self._rest.pack(tensors, act=act)
         bias = None if rest.bias is None else rest.bias.float()
         return PackedDense(Operand(rest.weight, rest.out_features, rest.gated, bias=bias), rest)
@@ -128,7 +128,7 @@ class CudaLinear:
             return self._some(x, own, how, norm=norm, residual=residual, dtype=dtype)
         x, norm = normed(x, norm)
         plan = one_row_plan(own.n, k, device.sms, gated=own.gated, bits=16)
-        return self._kernels(ready(x), own, plan, norm=norm, residual=residual, dtype=dtype)
+        return self._kernels(x, own, plan, norm=norm, residual=residual, dtype=dtype)
 
 
 class CudaW8A8:
@@ -173,7 +173,7 @@ class CudaW8A8:
         if rows == 1:
             plan = one_row_plan(own.n, k, sms, gated=own.gated, bits=8)
         else:
-            plan = tiles_plan(rows, own.n, k, sms, gated=own.gated, normed=True, weights="int8")
+            plan = tiles_plan(rows, own.n, k, sms, gated=own.gated, weights="int8")
         return self._kernels(ready(x), own, plan, norm=norm, residual=columns_adjacent(residual), dtype=dtype)
 
 
@@ -249,7 +249,7 @@ class CudaW4A16:
         if rows == 0:
             return torch.empty((0, n), dtype=dtype, device=x.device)
         x, norm = normed(x, norm)
-        plan = tiles_plan(rows, n, k, gpu(x.device).sms, gated=gated, normed=norm is not None, weights="int4")
+        plan = tiles_plan(rows, n, k, gpu(x.device).sms, gated=gated, weights="int4")
         # Results are rounded once, whatever they are rounded to.
         rounded = dtype if dtype in _OUT else torch.float32
         return kernels(x, own, plan, norm=norm, residual=residual, dtype=rounded).to(dtype)
@@ -262,12 +262,17 @@ def cutlass_takes(weight: Tensor) -> bool:
 
 
 def kernels_for(weight: Tensor, form: Format) -> FewRows:
-    """The kernels for the weight's device."""
+    """The kernels of few rows for the weight's device."""
     return few_rows_kernels(form, torch.cuda.get_device_capability(weight.device))
 
 
+def some_kernels_for(weight: Tensor) -> SomeRows:
+    """Those of some rows."""
+    return some_rows_kernels(torch.cuda.get_device_capability(weight.device))
+
+
 def to_tiles(packed: Tensor, halves: int) -> Tensor:
-    """[N, K / 2] uint8 as in `quant_ops.unpack_int4` to the words that csrc/cuda/few_rows.cu reads, int32.
+    """[N, K / 2] uint8 as in `quant_ops.unpack_int4` to the words that csrc/cuda/tiles.h reads, int32.
 
     A unit of a tile of 16 rows, 1 KiB, lies in the order in which a warp's lanes load it: [tiles, K / 128, row / 8,
     row % 8, t, j]. Each of the halves, gate and up, is filled up to whole tiles.

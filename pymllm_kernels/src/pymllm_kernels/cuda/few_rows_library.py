@@ -14,19 +14,19 @@ from torch import Tensor
 
 from pymllm_core.errors import PymllmError
 from pymllm_core.protocols.kernel import Norm
-from pymllm_core.specs import Want
-from pymllm_kernels.cuda.library import cuda_error, cuda_recipe, why_missing
+from pymllm_kernels.cuda.library import cuda_error, cuda_recipe
 from pymllm_kernels.cutlass.tiles import Capability
 from pymllm_kernels.jit import load_library
 from pymllm_kernels.recipe import Recipe
 from pymllm_kernels.triton.launch import gpu
 
-UNIT = {"bfloat16": 32, "int8": 64, "int4": 128}
-"""Columns of a unit (csrc/cuda/few_rows.cu) for each format of weights: K is a multiple."""
+UNIT = {"bfloat16": 8, "int8": 64, "int4": 128}
+"""Columns of which K is a multiple, for each format of weights: those of 16 bytes of bfloat16, which is multiplied with
+one row of x only, and of a unit of the others (csrc/cuda/tiles.h)."""
 
 MAX_ROWS = 32
 MAX_STAGED = 8
-"""Rows of x at most, and of those that blocks hold in shared memory."""
+"""Rows of x at most, of int8 and int4, and of those that blocks hold in shared memory."""
 
 _CUDA_ERROR = 1000
 
@@ -88,8 +88,9 @@ class Plan:
     """How a product is launched.
 
     row_tiles: of 16 rows of the weight, a block has; with `ahead`: results, a warp has at a time. warps: of a block.
-    staged: x is normed or quantised by each block, in shared memory, instead of once before. ahead: for one row
-    of x and weights of 8 or 16 bits, the loads on their way for each result; 0: the tensor cores multiply.
+    staged: x is normed or quantised by each block, in shared memory, instead of once before; so is every row with
+    `ahead`. ahead: for one row of x and weights of 8 or 16 bits, the loads on their way for each result; 0, of 4 and 8
+    bits: the tensor cores multiply.
     blocks: at most, with `ahead`. closer: bytes that a warp asks for while it waits for x, beyond those on their
     way, for each of its tiles or results.
     """
@@ -169,9 +170,10 @@ class FewRows:
         self.format = form
         self._run = library.pymllm_few_rows
         self._run.argtypes, self._run.restype = [POINTER(Arguments), c_void_p], c_int
-        self._prepare = library.pymllm_few_rows_prepare
-        self._prepare.argtypes = [POINTER(Arguments), c_void_p, c_void_p, c_void_p]
-        self._prepare.restype = c_int
+        if form.weights != "bfloat16":
+            self._prepare = library.pymllm_few_rows_prepare
+            self._prepare.argtypes = [POINTER(Arguments), c_void_p, c_void_p, c_void_p]
+            self._prepare.restype = c_int
         if form.weights == "int4":
             self._widen = library.pymllm_widen_int4
             self._widen.argtypes = [*(c_void_p,) * 2, *(c_int64,) * 2, c_void_p, *(c_int64,) * 4, c_void_p]
@@ -189,15 +191,16 @@ class FewRows:
     ) -> Tensor:
         """act(norm(x) · Wᵀ + bias) + residual.
 
-        x: [M, K] bfloat16, M from 1 to MAX_ROWS, columns side by side, rows at multiples of 16 bytes.
+        x: [M, K] bfloat16, M from 1 to MAX_ROWS, 1 where weights are bfloat16; columns side by side, rows at
+        multiples of 16 bytes.
         residual: [M, n] bfloat16. Returns [M, n] in `dtype`, bfloat16 or float32. Raises FewRowsError.
         """
         m, k = x.shape
         out = torch.empty((m, operand.n), dtype=dtype, device=x.device)
         arguments = arguments_of(x, operand, out, norm=norm, residual=residual)
         with stream_of(x.device) as stream:
-            if not plan.staged and (norm is not None or self.format.weights == "int8"):
-                codes = self.format.weights == "int8"
+            codes = self.format.weights == "int8"
+            if not plan.staged and (codes or (norm is not None and self.format.weights == "int4")):
                 ready = torch.empty((m, k), dtype=torch.int8 if codes else x.dtype, device=x.device)
                 scales = torch.empty(m, dtype=torch.float32, device=x.device)
                 status = self._prepare(byref(arguments), ready.data_ptr(), scales.data_ptr(), stream)
@@ -242,31 +245,6 @@ def few_rows_kernels(form: Format, capability: Capability) -> FewRows:
     return FewRows(load_library(recipe(form, capability)), form)
 
 
-def why_not_linear(want: Want) -> str | None:
-    """Why no kernel for ``linear`` can be had, None where it is compiled or can be: a `Needs.check`."""
-    return _why_not(Format("bfloat16"), want)
-
-
-def why_not_w8a8(want: Want) -> str | None:
-    """The same for ``w8a8_linear``."""
-    return _why_not(Format("int8"), want)
-
-
-def why_not_w4a16(want: Want) -> str | None:
-    """The same for ``w4a16_linear``."""
-    return _why_not(Format("int4", parts_of(want.shape["group_size"])), want)
-
-
 def parts_of(group: int) -> int:
     """Scales that a row has in a unit of 128 columns."""
     return max(128 // group, 1)
-
-
-def _why_not(form: Format, want: Want) -> str | None:
-    assert want.device.capability is not None
-    return _why_missing(form, want.device.capability)
-
-
-@functools.cache  # asked for every linear of a model
-def _why_missing(form: Format, capability: Capability) -> str | None:
-    return why_missing([recipe(form, capability)])

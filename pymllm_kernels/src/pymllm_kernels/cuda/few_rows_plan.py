@@ -2,6 +2,7 @@
 
 They follow decode steps of Qwen3 0.6B, 4B and 8B on an H200 in which one launch was changed
 (benchmarks/results/gpu_plans.jsonl), for several rows chains of like launches (benchmarks/results/gpu_few_rows.jsonl).
+Several rows of bfloat16 have rules of their own (some_rows_plan).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pymllm_kernels.cuda.few_rows_library import UNIT, Plan
 from pymllm_kernels.triton.launch import ceil_div
 
 SMALL = 16 << 20
-"""Bytes of a bfloat16 weight under which Triton's kernel for one row is faster, and ours for 2 to 8."""
+"""Bytes of a bfloat16 weight under which Triton's kernel for one row is faster."""
 
 CLOSER_BFLOAT16, CLOSER_INT4, LARGE_INT4 = 2048, 512, 40 << 20
 """While a block waits for x, its warps ask for so many bytes of each of their results or tiles beyond those on their
@@ -64,8 +65,8 @@ def _int8_plan(n: int, chunks: int, sms: int, *, gated: bool) -> Plan:
     return Plan(2, 8 if n >= 16 * sms else 4, staged=True, ahead=8)
 
 
-def tiles_plan(rows: int, n: int, k: int, sms: int, *, gated: bool, normed: bool, weights: str) -> Plan:
-    """For up to MAX_ROWS rows on the tensor cores. weights: a key of UNIT."""
+def tiles_plan(rows: int, n: int, k: int, sms: int, *, gated: bool, weights: str) -> Plan:
+    """For up to MAX_ROWS rows on the tensor cores. weights: ``int8`` or ``int4``."""
     units = k // UNIT[weights]
     if rows > 8:
         row_tiles, limit = 2, 8 if n <= 32 * sms else 4
@@ -78,15 +79,14 @@ def tiles_plan(rows: int, n: int, k: int, sms: int, *, gated: bool, normed: bool
         row_tiles, limit = (2, 8) if k >= 4096 else (1, 8 if n <= 32 * sms else 6)
     else:
         row_tiles, limit = 1, 12
-    # Each block would norm or quantise all rows: worth it for one, and where there is nothing of that to do.
-    staged = rows == 1 or (rows <= 8 and not normed and weights == "bfloat16" and rows * k <= 1 << 15)
     large = weights == "int4" and n * k * (2 if gated else 1) // 2 >= LARGE_INT4
     closer = CLOSER_INT4 if rows == 1 and large else 0
-    return Plan(row_tiles, min(units, limit), staged, closer=closer)
+    # Each block would norm or quantise all rows: worth it for one.
+    return Plan(row_tiles, min(units, limit), staged=rows == 1, closer=closer)
 
 
 def most_warps(rows: int, row_tiles: int, weights: str) -> int:
-    """Warps that a block of csrc/cuda/few_rows.cu may have; 0 where no such kernel is compiled."""
+    """Warps that a block of csrc/cuda/tiles.h may have, by ``int8`` or ``int4``; 0 where no such kernel is compiled."""
     if weights == "int4" and row_tiles == 4:
         return 4 if rows <= 8 else 8 if rows <= 16 else 0
     return 12 if row_tiles == 1 and rows <= 8 else 8

@@ -1,4 +1,4 @@
-// What the linear nodes of few rows share (few_rows.cu): arguments, instructions, what follows a product.
+// What the linear nodes of few and of some rows share: arguments, instructions, what follows a product.
 
 #pragma once
 
@@ -22,7 +22,7 @@
 // Mirrored by `Arguments` in cuda/few_rows_library.py.
 struct FewRowsArguments {
   std::int64_t m, n, k;     // rows of x; results of a row; columns
-  const void* x;            // [M, K] bfloat16, or int8 codes where x_scale is given
+  const void* x;            // [M, K] bfloat16; where weights are int8 and x_scale is given, codes
   std::int64_t x_stride;    // bytes from row to row
   const float* x_scale;     // [M], or null: what the sums of a row are multiplied by, of x that is prepared
   const void* weight;       // [N, K], [2 N, K] where gated: the rows are [gate; up]
@@ -40,7 +40,7 @@ struct FewRowsArguments {
   std::int32_t gated;
   std::int32_t staged;      // whether blocks hold x, normed or quantised by themselves, in shared memory: up to 8 rows
   std::int32_t row_tiles;   // 1, 2 or 4 tiles of 16 weight rows a block; of one row of x: results a warp
-  std::int32_t ahead;       // of one row of x, unless int4: loads on their way for each result; 0: as for several rows
+  std::int32_t ahead;       // of one row of x, unless int4: loads on their way for each result; 0: on the tensor cores
   std::int32_t warps;       // of a block
   std::int32_t blocks;      // at most, each of which takes tiles in turn
   std::int32_t closer;      // bytes of each of its tiles or results that a warp brings closer while x is on its way
@@ -53,8 +53,9 @@ namespace {
 
 constexpr int FORMAT = PYMLLM_FORMAT;
 constexpr int PARTS = PYMLLM_PARTS;
-constexpr int UNIT = FORMAT == 0 ? 32 : FORMAT == 1 ? 64 : 128;  // columns
-constexpr int X_LOADS = FORMAT == 2 ? 4 : 1;                     // of 16 bytes, for a unit and a row of x
+// Columns, of which K has a multiple: of bfloat16 those of 16 bytes, else those of a unit (tiles.h).
+constexpr int UNIT = FORMAT == 0 ? 8 : FORMAT == 1 ? 64 : 128;
+constexpr int X_LOADS = FORMAT == 2 ? 4 : 1;  // of 16 bytes, for a unit and a row of x
 constexpr int X_BYTES = FORMAT == 1 ? 1 : 2;
 constexpr int MAX_STAGED = 8;
 using Sum = typename std::conditional<FORMAT == 1, int, float>::type;

@@ -1,4 +1,4 @@
-// The product of int4 codes and bfloat16 on the tensor cores (few_rows.cu).
+// The product of int4 codes and bfloat16 on the tensor cores (tiles.h).
 
 #pragma once
 

@@ -119,26 +119,31 @@ __global__ void __launch_bounds__(256) one_row_kernel(const __grid_constant__ Fe
 }
 
 template <int ROWS, bool GATED, int AHEAD>
-int run_one_row(const FewRowsArguments& a, cudaStream_t stream) {
+int run_rows(const FewRowsArguments& a, cudaStream_t stream) {
   const std::int64_t each = static_cast<std::int64_t>(ROWS) * a.warps, blocks = (a.n + each - 1) / each;
   return launch(one_row_kernel<ROWS, GATED, AHEAD>, dim3(static_cast<unsigned>(blocks < a.blocks ? blocks : a.blocks)),
-                32 * a.warps, layout_of(static_cast<int>(a.k), 1, a.norm != nullptr).total, a.pdl != 0, stream, a);
+                32 * a.warps, one_row_bytes(a), a.pdl != 0, stream, a);
 }
 
 template <bool GATED>
 int choose_one_row(const FewRowsArguments& a, cudaStream_t stream) {
   switch (a.row_tiles * 16 + a.ahead) {
-    case 16 + 2: return run_one_row<1, GATED, 2>(a, stream);
-    case 16 + 4: return run_one_row<1, GATED, 4>(a, stream);
-    case 16 + 8: return run_one_row<1, GATED, 8>(a, stream);
-    case 32 + 2: return run_one_row<2, GATED, 2>(a, stream);
-    case 32 + 4: return run_one_row<2, GATED, 4>(a, stream);
-    case 32 + 5: return run_one_row<2, GATED, 5>(a, stream);
-    case 32 + 8: return run_one_row<2, GATED, 8>(a, stream);
-    case 64 + 2: return run_one_row<4, GATED, 2>(a, stream);
-    case 64 + 4: return run_one_row<4, GATED, 4>(a, stream);
+    case 16 + 2: return run_rows<1, GATED, 2>(a, stream);
+    case 16 + 4: return run_rows<1, GATED, 4>(a, stream);
+    case 16 + 8: return run_rows<1, GATED, 8>(a, stream);
+    case 32 + 2: return run_rows<2, GATED, 2>(a, stream);
+    case 32 + 4: return run_rows<2, GATED, 4>(a, stream);
+    case 32 + 5: return run_rows<2, GATED, 5>(a, stream);
+    case 32 + 8: return run_rows<2, GATED, 8>(a, stream);
+    case 64 + 2: return run_rows<4, GATED, 2>(a, stream);
+    case 64 + 4: return run_rows<4, GATED, 4>(a, stream);
     default: return kShape;
   }
+}
+
+int run_one_row(const FewRowsArguments& a, cudaStream_t stream) {
+  if (a.warps > 8) return kShape;
+  return a.gated ? choose_one_row<true>(a, stream) : choose_one_row<false>(a, stream);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Linear nodes of some rows: y = act(norm(x) · W^T + bias) + residual for up to 16 rows of x in bfloat16, one launch.
 //
-// Still bound by reading W, but with too many rows of x to read them anew for every 16 rows of W, as few_rows.cu does.
+// Still bound by reading W, but with too many rows of x to read them anew for every 16 rows of W, as tiles.h does.
 // So a block of several warps goes through the columns in chunks, and what it needs of x is read once for all of its
 // rows of W. Chunks of W and x stream through a ring of stages in shared memory (cp.async), in whole lines of 128 or
 // 256 bytes, swizzled so that ldmatrix meets no bank twice. The weights of the first chunks are asked for before the
@@ -214,23 +214,21 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
   }
   sync_block();
 
-  // A pair of neighbouring results a thread, STEP rows apart: the block's threads fill so many rows.
-  constexpr int STEP = 64 / RESULTS, BATCH = ROWS / STEP;
+  // A thread has pairs of neighbouring results of every STEP-th row: so many rows of pairs have the block's threads.
+  constexpr int STEP = 64 / RESULTS, PLACES = ROWS / STEP;
   const int wide = RESULTS * warps / 2, place = 2 * (threadIdx.x % wide), column = tile * warps * RESULTS + place;
-  const int from = GATED ? place / RESULTS * WIDTH + place % RESULTS : place;
-  for (int top = threadIdx.x / wide; top < m; top += BATCH * STEP) {
-    Ending<GATED> endings[BATCH][2];  // all loads of a batch are on their way before one is waited for
+  const int from = GATED ? place / RESULTS * WIDTH + place % RESULTS : place, top = threadIdx.x / wide;
+  Ending<GATED> endings[PLACES][2];  // all loads are on their way before one is waited for
 #pragma unroll
-    for (int i = 0; i < 2 * BATCH; i++) endings[i / 2][i % 2] = Ending<GATED>(a, top + i / 2 * STEP, column + i % 2);
+  for (int i = 0; i < 2 * PLACES; i++) endings[i / 2][i % 2] = Ending<GATED>(a, top + i / 2 * STEP, column + i % 2);
 #pragma unroll
-    for (int i = 0; i < BATCH; i++) {
-      const int row = top + i * STEP;
-      if (row >= m) break;
-      const float* const of = all + row * at.stride + from;
-      const float2 sum = *reinterpret_cast<const float2*>(of);
-      const float2 up = GATED ? *reinterpret_cast<const float2*>(of + RESULTS) : sum;
-      write_pair(a, endings[i], NORM ? factors[row] : 1.0f, sum, up);
-    }
+  for (int i = 0; i < PLACES; i++) {
+    const int row = top + i * STEP;
+    if (row >= m) break;
+    const float* const of = all + row * at.stride + from;
+    const float2 sum = *reinterpret_cast<const float2*>(of);
+    const float2 up = GATED ? *reinterpret_cast<const float2*>(of + RESULTS) : sum;
+    write_pair(a, endings[i], NORM ? factors[row] : 1.0f, sum, up);
   }
 }
 

@@ -1,4 +1,4 @@
-// Rows of x in shared memory, as the linear nodes of few rows (few_rows.cu, one_row.h) read them.
+// Rows of x in shared memory, as the linear nodes of few rows (one_row.h, prepare.h, tiles.h) read them.
 
 #pragma once
 
@@ -28,6 +28,9 @@ HOST_DEVICE Layout layout_of(int k, int rows, bool norm) {
   at.total = at.sums;
   return at;
 }
+
+// Bytes of shared memory that a block needs for one row of x.
+int one_row_bytes(const FewRowsArguments& a) { return layout_of(static_cast<int>(a.k), 1, a.norm != nullptr).total; }
 
 // The norm's weight is no other kernel's work: it comes closer before the wait. Not further than the second-level cache:
 // copies into shared memory (cp.async) or registers would arrive behind the weights, and be waited for.
