@@ -11,7 +11,7 @@ from torch import Tensor
 from triton_support import randn
 
 from pymllm_kernels.cuda.few_rows_library import Operand
-from pymllm_kernels.cuda.some_rows_library import Plan, SomeRows, some_rows_kernels
+from pymllm_kernels.cuda.some_rows_library import Plan, SomeRows, shared_bytes, some_rows_kernels
 from pymllm_kernels.cuda.some_rows_plan import some_rows_plan
 from pymllm_kernels.triton import launch
 
@@ -63,6 +63,9 @@ def test_every_plan(splits: int, block_k: int) -> None:
         pytest.skip("clusters need compute capability 9.0")
     for rows, warps, stages in itertools.product((5, 12), (1, 4, 8), (2, 5)):
         plain, gated = Plan(warps, block_k, stages, splits), Plan(warps, 64, 3, splits)
+        if shared_bytes(rows, plain, gated=False, norm=True) > launch.gpu(DEVICE).shared:
+            continue
+        assert shared_bytes(rows, gated, gated=True, norm=True) <= launch.gpu(DEVICE).shared
         results = [
             check(gpu_kernels(), rows, 1003, 1152, plain, norm=True, residual=True, device=DEVICE)
             for _ in "ab"
