@@ -96,7 +96,7 @@ class Step:
         assert graphs is not None
         key = max(key for key in graphs._contexts if key[0] == 1)
         context = graphs._contexts[key]
-        graphs._state.steps.zero_()  # replays stay where they are
+        graphs._buffers.state.steps.zero_()  # replays stay where they are
         graphs._attention.plan(context)
         replay, _ = graphs._capture(functools.partial(graphs._step, context, 1))
         best = float("inf")

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pymllm_core.engine import graphs
+from pymllm_core.engine.decode_buffers import TURNS, DecodeBuffers
 from pymllm_core.engine.engine import Engine
-from pymllm_core.engine.graphs import TURNS, DecodeGraphs, graph_sizes
+from pymllm_core.engine.graphs import graph_sizes
 from pymllm_core.nn.step_ops import DecodeState, TorchGreedyStep
 from pymllm_core.request import Request, SamplingParams
 from pymllm_core.testing.checkpoints import write_toy
@@ -152,24 +153,24 @@ def test_steady_steps_send_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -
     sent: Counted[str] = Counted()
 
     def counted(name: str) -> Any:
-        original = getattr(DecodeGraphs, name)
+        original = getattr(DecodeBuffers, name)
 
-        def count(self: DecodeGraphs, *args: Any) -> None:
+        def count(self: DecodeBuffers, *args: Any) -> None:
             sent[name] += 1
             original(self, *args)
 
         return count
 
-    for name in ("_send_ids", "_send_numbers"):
-        monkeypatch.setattr(DecodeGraphs, name, counted(name))
+    for name in ("send_ids", "send_numbers"):
+        monkeypatch.setattr(DecodeBuffers, name, counted(name))
     expected = complete(make_engine(toy), prompts_of([3, 5, 7]), greedy(30))
     got = complete(engine, prompts_of([3, 5, 7]), greedy(30))
     assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
     assert counter.replays["_step"] > 25
     # When the prompts are read, and when the number of sequences changes.
-    assert 1 <= sent["_send_ids"] <= 3
+    assert 1 <= sent["send_ids"] <= 3
     # 12 pages are filled, none of them in the same step as another.
-    assert sent["_send_ids"] < sent["_send_numbers"] <= 3 + 12
+    assert sent["send_ids"] < sent["send_numbers"] <= 3 + 12
 
 
 def test_a_step_between_leaves_no_stale_positions(toy: Path) -> None:

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from pymllm_core.engine.batch import Chunk
-from pymllm_core.engine.inputs import PageTables, on_device
+from pymllm_core.engine.decode_buffers import DecodeBuffers
+from pymllm_core.engine.inputs import PageTables
 from pymllm_core.engine.pieces import borrow
 from pymllm_core.engine.sampler import Group, draw
-from pymllm_core.nn.step_ops import DecodeState, GreedyStep
+from pymllm_core.nn.step_ops import GreedyStep
 from pymllm_core.protocols.attention import AttentionBackend, ForwardContext, LayerKV
 from pymllm_core.protocols.model import Model
 
@@ -56,9 +57,6 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 CAPTURED_DRAWS = (0, 64)
 """The numbers of candidates (`sampler.Group`) for which sampling is captured."""
 
-TURNS = 4
-"""Steps whose tokens the host finds at one time; an engine reads a step's before it launches the next but one."""
-
 MAX_DRAW_BYTES = 256 << 20
 """What a captured draw may hold: one from the whole vocabulary takes four numbers in float64 for each logit."""
 
@@ -77,23 +75,6 @@ class StepResult(NamedTuple):
     tokens: Tensor
     logits: Tensor
     reported: Tensor | None
-
-
-class _Host:
-    """One set of pinned buffers: the numbers of a step and its page table."""
-
-    def __init__(self, size: int, pages: int, cuda: bool) -> None:
-        # positions and slots (int64), lengths and steps (int32) in one piece: one copy instead of four.
-        self.numbers = torch.zeros(6 * size, dtype=torch.int32, pin_memory=cuda)
-        self.positions, self.slots, self.kv_lens, self.steps = _views(self.numbers, size)
-        self.table = torch.zeros((size, pages), dtype=torch.int32, pin_memory=cuda)
-        self.ids = torch.zeros(size, dtype=torch.int64, pin_memory=cuda)
-        self.draws = torch.zeros(size, dtype=torch.float64, pin_memory=cuda)
-
-
-def _views(numbers: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = numbers[: 4 * size].view(torch.int64)
-    return wide[:size], wide[size:], numbers[4 * size : 5 * size], numbers[5 * size :]
 
 
 class DecodeGraphs:
@@ -117,7 +98,7 @@ class DecodeGraphs:
         capture: Capture | None = None,
     ) -> None:
         self.sizes = sorted(sizes)
-        largest, cuda = self.sizes[-1], device.type == "cuda"
+        largest = self.sizes[-1]
         self._model, self._attention, self._kv = model, attention, kv
         self._pages, self._page_size, self._vocab_size = pages, page_size, vocab_size
         self._capture = capture or _CudaCapture(device)
@@ -130,36 +111,15 @@ class DecodeGraphs:
         short = -(-getattr(attention, "short_context", 0) // page_size)
         # Pages of the narrow table; 0: there is none.
         self._short = short if short < width else 0
-        self.ids = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._numbers = torch.zeros(6 * largest, dtype=torch.int32, device=device)
-        self._positions, self._slots, self._kv_lens, steps = _views(self._numbers, largest)
-        self._table = torch.full((largest, width), self._spare, dtype=torch.int32, device=device)
+        self._buffers = DecodeBuffers(largest, pages, page_size, self._spare, device)
+        self.ids = self._buffers.state.ids
         self._greedy_step = greedy_step
-        self._state = DecodeState(
-            self.ids,
-            self._positions,
-            self._slots,
-            self._kv_lens,
-            steps,
-            self._table,
-            page_size,
-            torch.zeros((TURNS, largest), dtype=torch.int64, pin_memory=cuda),
-            torch.zeros(1, dtype=torch.int32, device=device),
-        )
-        # Steps launched, as the device counts them; the positions that it has for the next.
-        self._launched = 0
+        # The positions that the device has for the next step.
         self._expected = np.zeros(0, np.int64)
         self._query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
-        # Two sets: the copies of the step in flight may not have happened when the next is prepared.
-        self._hosts = [_Host(largest, width, cuda) for _ in range(2)]
-        for host in self._hosts:
-            host.slots.fill_(self._spare * page_size)
-            host.kv_lens.fill_(1)
-        self._turn = 0
         self._order: list[object] = []
         self._key: Key = (0, False)
         self._draw_replays: dict[tuple[int, Key], Callable[[], None]] = {}
-        self._uniforms = torch.zeros(largest, dtype=torch.float64, device=device)
         # temperature, top_k, top_p and min_p of each row
         self._parameters = torch.ones((4, largest, 1), dtype=torch.float64, device=device)
         self._group: Group | None = None
@@ -170,7 +130,6 @@ class DecodeGraphs:
 
     def prepare(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Capture every size, the largest first, so that the others find their memory in its pool."""
-        self._numbers.copy_(self._hosts[0].numbers)
         keys = [
             (size, short)
             for size in reversed(self.sizes)
@@ -191,8 +150,7 @@ class DecodeGraphs:
             self._logits[key] = borrow(logits) if logits.is_cuda else logits
         if self.ids.is_cuda:
             torch.cuda.empty_cache()  # what the runs before the captures took
-        self._state.turn.zero_()
-        self._launched = 0
+        self._buffers.forget_turns()
         progress(len(keys), len(keys))
 
     def run(self, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> StepResult:
@@ -203,8 +161,7 @@ class DecodeGraphs:
         """
         count = len(chunks)
         size = self.sizes[bisect.bisect_left(self.sizes, count)]
-        host = self._hosts[self._turn]
-        self._turn = 1 - self._turn
+        self._buffers.begin()
         sequences = [chunk.sequence for chunk in chunks]
         news = False
         for sequence in sequences:
@@ -221,24 +178,20 @@ class DecodeGraphs:
         )
         self._expected = positions + 1
         same_pages = steady and not news
-        width = int(positions.max()) // self._page_size + 1
         if not same_pages:
             # The slots that the device has worked out came from the table as it was.
-            self._send_numbers(host, rows, positions, size)
-            host.table[:count, :width].copy_(torch.from_numpy(self._pages.table[rows, :width]))
-            host.table[count:size, :width] = self._spare
-            self._table[:size, :width].copy_(host.table[:size, :width], non_blocking=True)
+            self._buffers.send_numbers(rows, positions, size)
         if not steady:
             self._order = list(sequences)
-            self._send_ids(host, chunks, earlier, where)
+            self._buffers.send_ids(chunks, earlier, where)
+        width = int(positions.max()) // self._page_size + 1
         key = self._key = (size, size <= SHORT_SIZES and width <= self._short)
         ctx = self._contexts[key]
         ctx.kv_lens_host, ctx.same_pages = [*(positions + 1).tolist(), *[1] * (size - count)], same_pages
         self._attention.plan(ctx)
         self._replays[key]()
-        turn = self._launched % TURNS
-        self._launched += 1
-        reported = self._state.chosen[turn, :count] if self._greedy_step.reports else None
+        tokens = self._buffers.launched(count)
+        reported = tokens if self._greedy_step.reports else None
         return StepResult(self.ids[:count], self._logits[key][:count], reported)
 
     def draws(self, group: Group) -> bool:
@@ -251,10 +204,7 @@ class DecodeGraphs:
         numbers: one in [0, 1) for each row. All rows are of the one group.
         """
         count = len(numbers)
-        # The set of buffers that this step has used (`run` has moved on).
-        host = self._hosts[1 - self._turn]
-        host.draws.numpy()[:count] = numbers
-        self._uniforms.copy_(host.draws, non_blocking=True)
+        self._buffers.send_uniforms(numbers)
         if group is not self._group:
             self._group = group
             columns = (group.temperature, group.top_k, group.top_p, group.min_p)
@@ -263,44 +213,14 @@ class DecodeGraphs:
         self._draw_replays[group.candidates, self._key]()
         return self.ids[:count]
 
-    def _send_numbers(self, host: _Host, rows: np.ndarray, positions: np.ndarray, size: int) -> None:
-        count, page_size = len(rows), self._page_size
-        pages = self._pages.table[rows, positions // page_size].astype(np.int64)
-        for numbers, values, padding in (
-            (host.positions, positions, 0),
-            (host.slots, pages * page_size + positions % page_size, self._spare * page_size),
-            (host.kv_lens, positions + 1, 1),
-            (host.steps, 1, 0),
-        ):
-            array = numbers.numpy()
-            array[:count] = values
-            array[count:size] = padding
-        self._numbers.copy_(host.numbers, non_blocking=True)
-
-    def _send_ids(self, host: _Host, chunks: Sequence[Chunk], earlier: Tensor, where: dict[int, int]) -> None:
-        ids = host.ids.numpy()
-        ids[:] = 0
-        here, there = [], []
-        for index, chunk in enumerate(chunks):
-            if chunk.from_device:
-                here.append(index)
-                there.append(where[chunk.sequence.row])
-            else:
-                ids[index] = chunk.sequence.tokens[chunk.start]
-        device = self.ids.device
-        taken = earlier[on_device(there, device)] if there else None
-        self.ids.copy_(host.ids, non_blocking=True)
-        if taken is not None:
-            self.ids[on_device(here, device)] = taken
-
     def _context(self, key: Key) -> ForwardContext:
-        size, short = key
+        (size, short), state = key, self._buffers.state
         return ForwardContext(
-            positions=self._positions[:size],
-            slots=self._slots[:size],
+            positions=state.positions[:size],
+            slots=state.slots[:size],
             query_start=self._query_start[: size + 1],
-            kv_lens=self._kv_lens[:size],
-            page_table=self._table[:size, : self._short] if short else self._table[:size],
+            kv_lens=state.kv_lens[:size],
+            page_table=state.page_table[:size, : self._short] if short else state.page_table[:size],
             num_decodes=size,
             query_lens=[1] * size,
             kv_lens_host=[1] * size,
@@ -312,14 +232,14 @@ class DecodeGraphs:
 
     def _step(self, ctx: ForwardContext, size: int) -> Tensor:
         logits = self._model.logits(self._model.forward(self.ids[:size], ctx))
-        self._greedy_step(logits[:, : self._vocab_size], self._state)
+        self._greedy_step(logits[:, : self._vocab_size], self._buffers.state)
         return logits
 
     def _draw_step(self, candidates: int, logits: Tensor) -> Tensor:
         size = len(logits)
         temperature, top_k, top_p, min_p = self._parameters[:, :size]
         group = Group(candidates, [], self.ids, temperature, top_k, top_p, min_p)
-        tokens = draw(logits[:, : self._vocab_size], group, self._uniforms[:size])
+        tokens = draw(logits[:, : self._vocab_size], group, self._buffers.uniforms[:size])
         self.ids[:size] = tokens
         return tokens
 

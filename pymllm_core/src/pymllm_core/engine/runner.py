@@ -61,7 +61,7 @@ class Sampled:
 
 
 class Launched:
-    """A step on its way. `read` may be called once, before `graphs.TURNS` more steps are launched."""
+    """A step on its way. `read` may be called once, before `decode_buffers.TURNS` more steps are launched."""
 
     def __init__(self, sequences: list[Sequence], output: SamplerOutput | None, device: torch.device) -> None:
         self._sequences = sequences
