@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pymllm_core.bench.static_batch import StaticBatch
 from pymllm_core.engine import graphs
 from pymllm_core.engine.decode_buffers import TURNS, DecodeBuffers
 from pymllm_core.engine.engine import Engine
@@ -53,6 +54,9 @@ class Counter:
         def replay() -> None:
             self.replays[step.func.__name__] += 1
             if step.func.__name__ == "_step":
+                # What the device has worked out, or was sent, is what the host knows.
+                assert step.args[0].kv_lens.tolist() == step.args[0].kv_lens_host
+                assert (step.args[0].positions + 1).tolist() == step.args[0].kv_lens_host
                 self.replays[f"{step.args[0].page_table.shape[1]} pages"] += 1
             result.copy_(step())
 
@@ -171,6 +175,27 @@ def test_steady_steps_send_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 1 <= sent["send_ids"] <= 3
     # 12 pages are filled, none of them in the same step as another.
     assert sent["send_ids"] < sent["send_numbers"] <= 3 + 12
+
+
+def test_rows_without_a_sequence_stay_on_the_page_of_nobody(toy: Path) -> None:
+    """Also where pages are taken beforehand, so that nothing is sent for many steps; the padded row had real pages."""
+    prompts = prompts_of([4, 6, 3])
+    expected = complete(make_engine(toy, radix_cache_page_size=2), prompts, greedy(30))
+    engine, counter = with_graphs(
+        toy, (1, 2, 4), overlap=True, reports=True, radix_cache_page_size=2, disable_radix_cache=True,
+        max_total_tokens=128,
+    )  # fmt: skip
+    complete(engine, prompts_of([9, 9, 9, 9]), greedy(12))
+    steps = counter.replays["_step"]
+    with StaticBatch(engine, prompts, 30) as batch:
+        launched = batch.prefill()
+        for _ in range(29):
+            following = batch.decode()
+            batch.read(launched)
+            launched = following
+        batch.read(launched)
+        assert batch.generated == [list(answer.token_ids) for answer in expected]
+    assert counter.replays["_step"] == steps + 29
 
 
 def test_a_step_between_leaves_no_stale_positions(toy: Path) -> None:

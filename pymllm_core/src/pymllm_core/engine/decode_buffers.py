@@ -98,7 +98,8 @@ class DecodeBuffers:
             array[:count] = values
             array[count:size] = padding
         self._numbers.copy_(host.numbers, non_blocking=True)
-        width = int(positions.max()) // page_size + 1
+        # All that is known: pages that a sequence will need later may never be news again.
+        width = max(self._pages.known[row] for row in rows)
         host.table[:count, :width].copy_(torch.from_numpy(self._pages.table[rows, :width]))
         host.table[count:size, :width] = self._spare
         self.state.page_table[:size, :width].copy_(host.table[:size, :width], non_blocking=True)
