@@ -8,8 +8,9 @@ from few_rows_support import BF16, F32, NODES, TILED, check, randint, weights
 from torch import Tensor
 from triton_support import randn
 
-from pymllm_kernels.cuda.few_rows import CudaW8A8, to_constants, to_tiles
+from pymllm_kernels.cuda.few_rows import CudaW8A8
 from pymllm_kernels.cuda.few_rows_library import FORMATS, UNIT, FewRows, Operand, Plan
+from pymllm_kernels.cuda.int4_tiles import to_constants, to_tiles
 from pymllm_kernels.triton import launch
 
 

@@ -8,7 +8,7 @@
 // same rows; their sums are added in shared memory at the end.
 //
 // int4: word j (of 4) that lane t holds of unit u are the codes of columns 128 u + 32 j + 8 t + (0..7), lowest
-// first (`to_tiles` in cuda/few_rows.py packs them). `(word >> 4 i) & 0x000f000f | 0x43004300` are the bfloat16
+// first (`to_tiles` in cuda/int4_tiles.py packs them). `(word >> 4 i) & 0x000f000f | 0x43004300` are the bfloat16
 // numbers 128 + code of the columns i and i + 4; x is put in the same order, once where a block holds it, else by each
 // warp. The 128 + 8 + zero point that is too much leaves the sums of a group, which its scale multiplies in float32.
 
