@@ -1,12 +1,15 @@
 """Times whole decode steps of the engine while the plan of one linear changes, on a GPU.
 
-The rules of `few_rows_plan` come from this: a chain of like launches (gpu_few_rows.py) says something else, because
-what a kernel asks for early needs room beside the kernel before it, which in a step is another one. One plan of one
-node is changed, the step captured anew and replayed. Rows are appended to the file; the screen shows the best.
+The rules of `few_rows_plan` and of `some_rows_plan` come from this: a chain of like launches (gpu_few_rows.py) says
+something else, because what a kernel asks for early needs room beside the kernel before it, which in a step is another
+one. One plan of one node is changed, the step captured anew and replayed. Rows are appended to the file; the screen
+shows the best.
 
-    python benchmarks/gpu_plans.py MODEL [--nodes qkv,o,gate_up,down] [--closer 0,512,1024,2048] [--out results.jsonl]
+    python benchmarks/gpu_plans.py MODEL [--rows 8] [--nodes qkv,o,gate_up,down] [--closer 0,512,1024,2048]
+                                         [--out results.jsonl]
 
-MODEL is a folder with config.json; weights are dummies. With --closer, the rules' plans with that many bytes instead.
+MODEL is a folder with config.json; weights are dummies. --rows: sequences; 2 to 16 of a bfloat16 model try plans of
+some rows. With --closer, the rules' plans with that many bytes instead.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from pymllm_core.settings import load_settings
 from pymllm_kernels.cuda import few_rows
 from pymllm_kernels.cuda.few_rows_library import FewRowsError, Plan
 from pymllm_kernels.cuda.few_rows_plan import most_warps
+from pymllm_kernels.cuda.some_rows_library import Plan as SomePlan
+from pymllm_kernels.cuda.some_rows_library import shared_bytes
+from pymllm_kernels.triton.launch import Gpu, gpu
 
 Node = tuple[int, int, bool]
 """Results, columns, gated."""
@@ -61,32 +67,54 @@ def candidates(codes: bool, *, gated: bool, sms: int) -> Iterator[Plan]:
         yield Plan(row_tiles, warps, True, ahead, 1 << 30 if turns is None else turns * sms)
 
 
-class Step:
-    """A captured decode step of one sequence, with plans that may be replaced."""
+def some_candidates(rows: int, node: Node, device: Gpu) -> Iterator[SomePlan]:
+    """Of all stages that fit, those that leave room for 1 to 4 blocks a multiprocessor."""
+    _, k, gated = node
+    splits = (1, 2, 4, 8) if device.major >= 9 else (1,)
+    found: set[SomePlan] = set()
+    for warps, block_k, split in itertools.product((2, 3, 4, 5, 6, 8), (64, 128), splits):
+        if k % block_k or k // block_k < 2 * split:
+            continue
+        for blocks in (1, 2, 3, 4):
+            plans = (SomePlan(warps, block_k, stages, split) for stages in range(8, 1, -1))
+            room = (device.shared + 1024) // blocks - 1024
+            found.update(
+                itertools.islice(
+                    (p for p in plans if shared_bytes(rows, p, gated=gated, norm=True) <= room), 1
+                )
+            )
+    yield from sorted(found, key=str)
 
-    def __init__(self, model: Path) -> None:
-        self.plans: dict[Node, Plan] = {}
+
+class Step:
+    """A captured decode step, with plans that may be replaced."""
+
+    def __init__(self, model: Path, rows: int) -> None:
+        self.rows = rows
+        self.plans: dict[Node, Plan | SomePlan] = {}
         self.closer: dict[Node, int] = {}
-        for name in ("one_row_plan", "tiles_plan"):
+        for name in ("one_row_plan", "tiles_plan", "some_rows_plan"):
             setattr(few_rows, name, functools.partial(self._plan, getattr(few_rows, name)))
         flags = [
             "--server.load_format",
             "dummy",
             "--server.disable_radix_cache",
             "--server.max_total_tokens",
-            "4000",
+            str(4000 * rows),
         ]
-        sizes = Sizes(1, PROMPT, 9)
+        sizes = Sizes(rows, PROMPT, 9)
         settings = load_settings(
-            ["--server.model_path", str(model), "--server.max_running_requests", "1", *flags]
+            ["--server.model_path", str(model), "--server.max_running_requests", str(rows), *flags]
         )
         self.engine: Engine = build_engine(assemble(fit(settings, [sizes]), weights=True))
         # Leaves the buffers of a step at the prompt's end, where the replays stay.
         time_batch(self.engine, random_prompts(sizes, self.engine.plan.vocab_size, 0), sizes.output_len)
 
-    def _plan(self, rule: Any, *numbers: int, gated: bool, **options: Any) -> Plan:
+    def _plan(self, rule: Any, *numbers: int, gated: bool, **options: Any) -> Plan | SomePlan:
         n, k = numbers[-3:-1]
-        plan: Plan = self.plans.get((n, k, gated)) or rule(*numbers, gated=gated, **options)
+        plan: Plan | SomePlan = self.plans.get((n, k, gated)) or rule(*numbers, gated=gated, **options)
+        if isinstance(plan, SomePlan):
+            return plan
         return dataclasses.replace(plan, closer=self.closer.get((n, k, gated), plan.closer))
 
     @torch.inference_mode()
@@ -94,11 +122,11 @@ class Step:
         """The best turn of a step that is captured for this."""
         graphs = self.engine.runner._graphs
         assert graphs is not None
-        key = max(key for key in graphs._contexts if key[0] == 1)
+        key = max(key for key in graphs._contexts if key[0] == self.rows)
         context = graphs._contexts[key]
         graphs._buffers.state.steps.zero_()  # replays stay where they are
         graphs._attention.plan(context)
-        replay, _ = graphs._capture(functools.partial(graphs._step, context, 1))
+        replay, _ = graphs._capture(functools.partial(graphs._step, context, self.rows))
         best = float("inf")
         for _ in range(TURNS):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -116,20 +144,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--nodes", default="qkv,o,gate_up,down")
     parser.add_argument("--closer", default="")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_plans.jsonl"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device, and torch sees none")
-    step = Step(args.model)
+    step = Step(args.model, args.rows)
     config = json.loads((args.model / "config.json").read_text())
     groups = config.get("quantization_config", {}).get("config_groups", {})
     codes = any(group["weights"]["num_bits"] == 4 for group in groups.values())
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    device = gpu(torch.device("cuda"))
     about = {
         "model": args.model.name,
-        "rows": 1,
+        "rows": args.rows,
         "device_name": torch.cuda.get_device_name(),
         **provenance("gpu_plans.py"),
     }
@@ -142,7 +171,10 @@ def main() -> None:
                 step.closer = {node: size}
                 found.append((step.milliseconds(), {"closer": size}))
         else:
-            for plan in candidates(codes, gated=node[2], sms=sms):
+            plans: Iterator[Plan | SomePlan] = candidates(codes, gated=node[2], sms=device.sms)
+            if args.rows > 1 and not groups:
+                plans = some_candidates(args.rows, node, device)
+            for plan in plans:
                 step.plans = {node: plan}
                 try:
                     found.append((step.milliseconds(), dataclasses.asdict(plan)))
