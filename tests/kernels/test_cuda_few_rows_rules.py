@@ -39,8 +39,10 @@ pytestmark = pytest.mark.usefixtures("emulated_nodes")
         ("bfloat16", 1, 64, Plan(1, 2, True)),  # tiles of bfloat16
         ("bfloat16", 1, 64, Plan(1, 9, True, 2)),  # warps
         ("int8", 2, 96, Plan(1, 2, False)),  # K
-        ("int8", 33, 64, Plan(1, 2, False)),  # rows
-        ("int8", 9, 64, Plan(1, 2, True)),  # rows in shared memory
+        ("int8", 9, 64, Plan(1, 2, False)),  # rows
+        ("int8", 2, 64, Plan(1, 2, True)),  # rows in shared memory
+        ("int4", 33, 128, Plan(1, 2, False)),  # rows
+        ("int4", 9, 128, Plan(1, 2, True)),  # rows in shared memory
         ("int8", 2, 64, Plan(3, 2, False)),  # tiles
         ("int8", 2, 64, Plan(1, 13, False)),  # warps
         ("int4", 20, 128, Plan(4, 2, False)),  # not compiled

@@ -26,7 +26,7 @@ one row of x only, and of a unit of the others (csrc/cuda/tiles.h)."""
 
 MAX_ROWS = 32
 MAX_STAGED = 8
-"""Rows of x at most, of int8 and int4, and of those that blocks hold in shared memory."""
+"""Rows of x at most, of int4, and of those that blocks hold in shared memory."""
 
 _CUDA_ERROR = 1000
 
@@ -191,7 +191,7 @@ class FewRows:
     ) -> Tensor:
         """act(norm(x) · Wᵀ + bias) + residual.
 
-        x: [M, K] bfloat16, M from 1 to MAX_ROWS, 1 where weights are bfloat16; columns side by side, rows at
+        x: [M, K] bfloat16, M from 1 to MAX_ROWS of int4, 8 of int8, 1 of bfloat16; columns side by side, rows at
         multiples of 16 bytes.
         residual: [M, n] bfloat16. Returns [M, n] in `dtype`, bfloat16 or float32. Raises FewRowsError.
         """

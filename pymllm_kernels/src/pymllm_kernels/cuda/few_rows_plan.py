@@ -66,7 +66,7 @@ def _int8_plan(n: int, chunks: int, sms: int, *, gated: bool) -> Plan:
 
 
 def tiles_plan(rows: int, n: int, k: int, sms: int, *, gated: bool, weights: str) -> Plan:
-    """For up to MAX_ROWS rows on the tensor cores. weights: ``int8`` or ``int4``."""
+    """On the tensor cores. rows: up to MAX_ROWS of ``int4``, 2 to 8 of ``int8``: the weights."""
     units = k // UNIT[weights]
     if rows > 8:
         row_tiles, limit = 2, 8 if n <= 32 * sms else 4
@@ -87,6 +87,8 @@ def tiles_plan(rows: int, n: int, k: int, sms: int, *, gated: bool, weights: str
 
 def most_warps(rows: int, row_tiles: int, weights: str) -> int:
     """Warps that a block of csrc/cuda/tiles.h may have, by ``int8`` or ``int4``; 0 where no such kernel is compiled."""
+    if weights == "int8" and rows > 8:
+        return 0
     if weights == "int4" and row_tiles == 4:
         return 4 if rows <= 8 else 8 if rows <= 16 else 0
     return 12 if row_tiles == 1 and rows <= 8 else 8

@@ -1,4 +1,4 @@
-// Up to 32 rows of x times a weight of int8 or int4 (few_rows.cu) on the tensor cores.
+// Up to 32 rows of x times a weight of int4, or 8 times one of int8 (few_rows.cu), on the tensor cores.
 //
 // How the weights fit them (PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k32"): the weights are the left operand, 16
 // of their rows a tile, the rows of x the columns of the right one, 8 a tile. A product does not change when its inner
@@ -38,7 +38,7 @@ HOST_DEVICE constexpr int rounds_ahead(int x_tiles, int row_tiles, bool staged) 
 }
 
 // X_TILES: tiles of 8 rows of x. ROW_TILES: tiles of 16 rows of W, where gated one half of them gate, one up.
-// STAGED: x lies in shared memory; otherwise it is read from global memory, prepared where it has to be (prepare.h).
+// STAGED, of int4: x lies in shared memory; otherwise it is read from global memory, prepared where it has to be (prepare.h).
 template <int X_TILES, int ROW_TILES, bool GATED, bool STAGED>
 __global__ void __launch_bounds__(max_warps(X_TILES, ROW_TILES) * 32, least_blocks(X_TILES, ROW_TILES))
     few_rows_kernel(const __grid_constant__ FewRowsArguments a) {
@@ -248,12 +248,12 @@ int choose(const FewRowsArguments& a, cudaStream_t stream) {
 }
 
 int run_tiles(const FewRowsArguments& a, cudaStream_t stream) {
-  if (FORMAT == 2 && a.k / UNIT > MAX_CODE_UNITS) return kShape;
-  if (a.staged) return a.m <= MAX_STAGED ? choose<1, true>(a, stream) : kShape;
-  if (a.m <= 8) return choose<1, false>(a, stream);
-  if (a.m <= 16) return choose<2, false>(a, stream);
-  if (a.m <= 32) return choose<4, false>(a, stream);
-  return kShape;
+  if constexpr (FORMAT == 2) {
+    if (a.k / UNIT > MAX_CODE_UNITS) return kShape;
+    if (a.staged) return a.m <= MAX_STAGED ? choose<1, true>(a, stream) : kShape;
+    if (a.m > 8) return a.m <= 16 ? choose<2, false>(a, stream) : a.m <= 32 ? choose<4, false>(a, stream) : kShape;
+  }
+  return a.staged || a.m > 8 ? kShape : choose<1, false>(a, stream);
 }
 
 }  // namespace
