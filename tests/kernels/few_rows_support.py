@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from pymllm_core.nn import quant_ops
 from pymllm_core.protocols.kernel import Norm
 from pymllm_kernels.cuda.few_rows import CudaLinear, CudaW4A16, CudaW8A8, PackedInt4, columns_adjacent, ready
 from pymllm_kernels.cuda.few_rows_library import FewRows, Plan
+from pymllm_kernels.triton import launch
 
 BF16, F32 = torch.bfloat16, torch.float32
 EPS = 0.25
@@ -66,6 +69,38 @@ def own_product(
     )
 
 
+def given(
+    seed: int, rows: int, n: int, k: int, device: torch.device, *, norm: bool, residual: bool
+) -> tuple[Tensor, Tensor | None, Norm | None]:
+    """x and the residual, whose rows lie apart, and the norm of a product."""
+    x = randn(seed + 4, rows, k + 16).to(device)[:, 8 : k + 8]
+    add = randn(seed + 5, rows, n + 5).to(device)[:, 3 : n + 3] if residual else None
+    return x, add, (randn(seed + 6, k).to(device), EPS) if norm else None
+
+
+def ended(y: Tensor, bias: Tensor | None, add: Tensor | None, *, gated: bool) -> Tensor:
+    """What follows a product, in float64."""
+    if bias is not None:
+        y = y + bias.to(y.device).double()
+    if gated:
+        y = swiglu(y)
+    return y if add is None else y + add.double()
+
+
+def check_early_launches(chain: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """In a graph; without early launches the bits are the same."""
+    chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(x)
+    for _ in range(3):
+        graph.replay()
+    early = out.clone()
+    late = dataclasses.replace(launch.gpu(x.device), pdl=False)
+    with launch.pretend(late):
+        assert torch.equal(chain(x), early)
+
+
 def check(
     form: str,
     rows: int,
@@ -88,9 +123,7 @@ def check(
     tensors, wide_weight = weights(form, total, k, group, zero_points=zero_points, seed=seed)
     if bias:
         tensors["bias"] = randn(seed + 3, total).cpu().to(F32 if form == "int8" else BF16)
-    x = randn(seed + 4, rows, k + 16).to(device)[:, 8 : k + 8]  # rows that lie apart
-    add = randn(seed + 5, rows, n + 5).to(device)[:, 3 : n + 3] if residual else None
-    gain = (randn(seed + 6, k).to(device), EPS) if norm else None
+    x, add, gain = given(seed, rows, n, k, device, norm=norm, residual=residual)
     node = NODES[form]()
     packed = node.pack({name: t.to(device) for name, t in tensors.items()}, act="silu_mul" if gated else None)
     # Poison what the caching allocator will hand out for the result.
@@ -106,13 +139,7 @@ def check(
         codes, scale = quant_ops.quantize_per_token_int8(wide.float())
         # A code on the border between two may fall on either side: the norm is not rounded here.
         wide = codes.double() * scale.double()
-    y = wide @ wide_weight.to(device).T
-    if bias:
-        y = y + tensors["bias"].to(device).double()
-    if gated:
-        y = swiglu(y)
-    if add is not None:
-        y = y + add.double()
+    y = ended(wide @ wide_weight.to(device).T, tensors.get("bias"), add, gated=gated)
     assert out.shape == (rows, n)
     assert out.dtype == out_dtype
     # One rounding of the result, up to two of the normed row; with many rows, cuBLAS between kernels rounds the

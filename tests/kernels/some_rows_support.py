@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import torch
+from few_rows_support import BF16, ended, given
 from torch import Tensor
-from triton_support import TINY, randn, rel_error, rms_norm, swiglu
+from triton_support import TINY, randn, rel_error, rms_norm
 
 from pymllm_kernels.cuda.few_rows_library import Operand
 from pymllm_kernels.cuda.some_rows_library import Plan, SomeRows
-
-BF16, F32 = torch.bfloat16, torch.float32
-EPS = 0.25
-"""Of the norm: large enough that a kernel without it is wrong."""
 
 
 def check(
@@ -34,20 +31,13 @@ def check(
     total = 2 * n if gated else n
     weight = randn(seed, total, k, scale=k**-0.5).to(device)
     add_bias = randn(seed + 3, total).to(device) if bias else None
-    x = randn(seed + 4, rows, k + 16).to(device)[:, 8 : k + 8]  # rows that lie apart
-    add = randn(seed + 5, rows, n + 5).to(device)[:, 3 : n + 3] if residual else None
-    gain = (randn(seed + 6, k).to(device), EPS) if norm else None
+    x, add, gain = given(seed, rows, n, k, device, norm=norm, residual=residual)
     own = Operand(weight, n, gated, bias=None if add_bias is None else add_bias.float())
     # Poison what the caching allocator will hand out for the result.
     torch.full((rows, n), float("nan"), dtype=out_dtype, device=device)
     out = kernels(x, own, plan, norm=gain, residual=add, dtype=out_dtype)
-    y = (x.double() if gain is None else rms_norm(x, *gain)) @ weight.double().T
-    if add_bias is not None:
-        y = y + add_bias.double()
-    if gated:
-        y = swiglu(y)
-    if add is not None:
-        y = y + add.double()
+    wide = x.double() if gain is None else rms_norm(x, *gain)
+    y = ended(wide @ weight.double().T, add_bias, add, gated=gated)
     assert out.shape == (rows, n)
     assert out.dtype == out_dtype
     # One rounding of the result, up to two of the normed row; float32 sums lose more the longer they are.

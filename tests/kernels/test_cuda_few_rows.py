@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from few_rows_support import BF16, F32, NODES, TILED, TILES_OF, check, randint, weights
+from few_rows_support import BF16, F32, NODES, TILED, TILES_OF, check, check_early_launches, randint, weights
 from torch import Tensor
 from triton_support import randn
 
 from pymllm_kernels.cuda.few_rows import CudaW8A8
 from pymllm_kernels.cuda.few_rows_library import FORMATS, UNIT, FewRows, Operand, Plan
 from pymllm_kernels.cuda.int4_tiles import to_constants, to_tiles
-from pymllm_kernels.triton import launch
 
 
 @pytest.mark.gpu
@@ -102,17 +101,7 @@ def test_a_chain_with_and_without_dependent_launch(form: str) -> None:
 
     for rows in (1, 8):
         x = randn(rows, rows, 1024).to(device)
-        chain(x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = chain(x)
-        for _ in range(3):
-            graph.replay()
-        early = out.clone()
-        properties = launch.gpu(device)
-        late = launch.Gpu(properties.sms, properties.major, properties.shared, pdl=False)
-        with launch.pretend(late):
-            assert torch.equal(chain(x), early)
+        check_early_launches(chain, x)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from some_rows_support import BF16, EPS, F32, check
+from few_rows_support import BF16, EPS, F32
+from some_rows_support import check
 from triton_support import randn
 
 from pymllm_kernels.cuda.few_rows_library import FewRowsError, Operand
