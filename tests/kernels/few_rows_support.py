@@ -22,9 +22,10 @@ EPS = 0.25
 
 NODES: dict[str, Any] = {"bfloat16": CudaLinear, "int8": CudaW8A8, "int4": CudaW4A16}
 TILED = ("int8", "int4")
-TILES_OF = (("int8", False), ("int4", False), ("int4", True))
-"""Formats of weights, and whether there are tiles that hold x in shared memory, or that do not."""
 """Formats of weights of which tensor cores multiply tiles."""
+
+TILES_OF = (("int8", False), ("int4", False), ("int4", True))
+"""They, and whether there are tiles that hold x in shared memory, or that do not."""
 
 
 def randint(seed: int, low: int, high: int, *shape: int) -> Tensor:
