@@ -35,7 +35,7 @@ def best_of_part_kernel(
     for start in range(first, end, BLOCK):
         at = start + lanes
         value = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < end, other=float("-inf"))
-        # NaN is larger than nothing: a row of them has its first place, as one of -inf.
+        # No comparison with NaN holds: a row of nothing else keeps its first place, as one of -inf.
         place = tl.where(value > best, at, place)
         best = tl.where(value > best, value, best)
     top = tl.max(best, axis=0)
