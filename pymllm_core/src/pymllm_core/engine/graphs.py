@@ -3,8 +3,8 @@
 A graph holds a whole step of `size` sequences, from the token ids to the greedy choice, over buffers that
 never move. Its last node (`nn.step_ops`) leaves in them what the next step of the same sequences reads, ids,
 positions and slots, and puts the greedy tokens where the host finds them: as long as the same sequences run on pages
-that the device knows, nothing is copied between greedy steps. A batch that is smaller than its graph is filled up with rows
-that read and write the page of nobody.
+that the device knows, nothing is copied between greedy steps. A batch that is smaller than its graph is filled up
+with rows that read and write the page of nobody.
 
 Attention takes as many launches as the longest possible sequence needs, of which a short one leaves most without
 work. So small batches have a second graph, for sequences that fit a narrow page table, where the backend asks for it
