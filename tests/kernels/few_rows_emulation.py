@@ -1,4 +1,4 @@
-"""The linear nodes of few and of some rows on the CPU: their sources compiled by g++, the hardware emulated."""
+"""The linear nodes of few, some and many rows on the CPU: their sources compiled by g++, the hardware emulated."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from pymllm_kernels.cuda import few_rows
 from pymllm_kernels.cuda.few_rows_library import UNIT, FewRows, Format
+from pymllm_kernels.cuda.many_rows_library import ManyRows
 from pymllm_kernels.cuda.some_rows_library import SomeRows
 
 HERE = Path(__file__).parent
@@ -20,7 +21,7 @@ SOURCES = Path(few_rows.__file__).parent.parent / "csrc" / "cuda"
 
 
 class Emulation:
-    """The libraries of all formats, and that of some rows, compiled when they are first asked for."""
+    """The libraries of all formats, those of some and of many rows, compiled when they are first asked for."""
 
     def __init__(self, folder: Path, compiler: str) -> None:
         self._folder, self._compiler = folder, compiler
@@ -32,6 +33,9 @@ class Emulation:
 
     def some_rows(self) -> ctypes.CDLL:
         return self._compiled("some_rows", "some_rows.cu", ())
+
+    def many_rows(self) -> ctypes.CDLL:
+        return self._compiled("many_rows", "many_rows.cu", ())
 
     def _compiled(self, name: str, source: str, macros: tuple[str, ...]) -> ctypes.CDLL:
         if name not in self._libraries:
@@ -82,6 +86,7 @@ def emulated_nodes(emulation: Emulation) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setattr(few_rows, "kernels_for", lambda weight, form: FewRows(emulation.library(form), form))
     patch.setattr(few_rows, "some_kernels_for", lambda weight: SomeRows(emulation.some_rows()))
+    patch.setattr(few_rows, "many_kernels_for", lambda weight: ManyRows(emulation.many_rows()))
     patch.setattr(few_rows, "why_not_here", lambda capability, dtype: "emulated")
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     yield

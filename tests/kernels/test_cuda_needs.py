@@ -9,7 +9,7 @@ import pytest
 from pymllm_core.device import DeviceInfo
 from pymllm_core.specs import Want
 from pymllm_kernels.bundle import BUNDLE_ENV, write_bundle
-from pymllm_kernels.cuda import few_rows_library, library, needs, some_rows_library
+from pymllm_kernels.cuda import few_rows_library, library, many_rows_library, needs, some_rows_library
 from pymllm_kernels.cuda.few_rows_library import Format
 from pymllm_kernels.plugin import pymllm_kernels
 from pymllm_kernels.recipe import CACHE_ENV, KernelBuildError, Recipe
@@ -19,6 +19,7 @@ DEVICE = DeviceInfo("cuda", "a GPU", 1 << 34, 1 << 34, capability=HOPPER)
 LINEAR = next(spec.needs for spec in pymllm_kernels() if (spec.operation, spec.name) == ("linear", "cuda"))
 
 ONE, SOME = few_rows_library.recipe(Format("bfloat16"), HOPPER), some_rows_library.recipe(HOPPER)
+MANY = many_rows_library.recipe(HOPPER)
 INT8, INT4 = (
     few_rows_library.recipe(Format("int8"), HOPPER),
     few_rows_library.recipe(Format("int4", 2), HOPPER),
@@ -47,8 +48,10 @@ def want(k: int = 1024) -> Want:
     return Want(DEVICE, "bfloat16", {"K": k, "N": 64, "group_size": 64})
 
 
-@pytest.mark.parametrize(("there", "lacks"), [((ONE,), SOME), ((SOME,), ONE), ((INT8, INT4), ONE)])
-def test_linear_needs_both_of_its_libraries(
+@pytest.mark.parametrize(
+    ("there", "lacks"), [((ONE, MANY), SOME), ((SOME,), ONE), ((ONE, SOME), MANY), ((INT8, INT4), ONE)]
+)
+def test_linear_needs_all_of_its_libraries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: tuple[Recipe, ...], lacks: Recipe
 ) -> None:
     bundle(tmp_path, monkeypatch, *there)
@@ -57,7 +60,7 @@ def test_linear_needs_both_of_its_libraries(
 
 
 def test_a_bundle_serves_without_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle(tmp_path, monkeypatch, ONE, SOME)
+    bundle(tmp_path, monkeypatch, ONE, SOME, MANY)
     assert needs.why_not_linear(want()) is None
     assert str(needs.why_not_w8a8(want())).startswith(f"no bundle holds {INT8.name}, ")
     assert str(needs.why_not_w4a16(want())).startswith(f"no bundle holds {INT4.name}, ")
@@ -74,6 +77,6 @@ def test_columns_of_linear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int, reason: str | None
 ) -> None:
     """By the spec that is registered, which asks for the libraries last."""
-    bundle(tmp_path, monkeypatch, ONE, SOME)
+    bundle(tmp_path, monkeypatch, ONE, SOME, MANY)
     found = LINEAR.reason(want(k))
     assert found is None if reason is None else reason in str(found)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +90,45 @@ def test_the_familys_class_reads_what_autotokenizer_does(
     assert not differ
     stored = json.loads((folder / "tokenizer_config.json").read_text())
     for change in (
-        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"tokenizer_class": "LlamaTokenizer"},
         {"auto_map": {"AutoTokenizer": ["a.B", None]}},
     ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**stored, **change}))
         assert load_tokenizer(tmp_path, settings, known) is expected
     assert asked == [str(tmp_path)] * 2
+
+
+@pytest.mark.parametrize("name", ["TokenizersBackend", "PreTrainedTokenizerFast"])
+def test_the_general_class_reads_what_autotokenizer_does(
+    shared_qwen: Path, tmp_path: Path, name: str
+) -> None:
+    """The name that transformers 5 writes, or that before it."""
+    (known,) = {spec.tokenizer for spec in plugin.pymllm_models()}
+    stored = json.loads((shared_qwen / "tokenizer" / "tokenizer_config.json").read_text())
+    shutil.copy(shared_qwen / "tokenizer" / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**stored, "tokenizer_class": name}))
+    settings = ServerSettings(model_path=str(tmp_path))
+    found, expected = load_tokenizer(tmp_path, settings, known), load_tokenizer(tmp_path, settings)
+    assert found is not None
+    assert type(found) is type(expected)
+    assert found._tokenizer.to_str() == expected._tokenizer.to_str()
+
+
+def test_no_model_is_imported_for_the_general_class(shared_qwen: Path, tmp_path: Path) -> None:
+    """Which ``AutoTokenizer`` does: four seconds of a start on the machine where it was found."""
+    (known,) = {spec.tokenizer for spec in plugin.pymllm_models()}
+    shutil.copy(shared_qwen / "tokenizer" / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    script = f"""if True:
+        import sys
+        from pathlib import Path
+        from pymllm_core.config import ServerSettings
+        from pymllm_core.engine.processor import load_tokenizer
+        load_tokenizer(Path({str(tmp_path)!r}), ServerSettings(model_path="x"), {known!r})
+        assert "transformers.models.auto.auto_factory" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_text_parts_are_joined(engine: Engine) -> None:

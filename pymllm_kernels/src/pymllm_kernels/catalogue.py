@@ -13,6 +13,7 @@ from pymllm_kernels.bundle import bundle_folders, prebuilt_library
 from pymllm_kernels.cpu_library import REQUIRED_CPU_FLAGS, cpu_recipe
 from pymllm_kernels.cuda.decode_library import recipes as decode_recipes
 from pymllm_kernels.cuda.few_rows_library import recipes as few_rows_recipes
+from pymllm_kernels.cuda.many_rows_library import recipes as many_rows_recipes
 from pymllm_kernels.cuda.some_rows_library import recipes as some_rows_recipes
 from pymllm_kernels.cutlass.library import recipes as cutlass_recipes
 from pymllm_kernels.cutlass.tiles import Capability
@@ -51,7 +52,13 @@ def all_recipes(capabilities: Iterable[Capability], dtypes: Iterable[str], *, cp
     kinds = [getattr(torch, name) for name in dtypes]
     own = [cpu_recipe()] if cpu and cpu_flags() >= REQUIRED_CPU_FLAGS else []
     for capability in capabilities:
-        for recipes in (cutlass_recipes, decode_recipes, few_rows_recipes, some_rows_recipes):
+        for recipes in (
+            cutlass_recipes,
+            decode_recipes,
+            few_rows_recipes,
+            some_rows_recipes,
+            many_rows_recipes,
+        ):
             own += recipes(capability, kinds)
     return own
 

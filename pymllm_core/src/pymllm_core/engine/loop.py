@@ -155,11 +155,15 @@ class EngineLoop:
         if self._cancel.is_set():
             raise Cancelled("loading was interrupted")
 
+    def _await_commands(self, engine: Engine) -> None:
+        """Until there is something to do."""
+        with self._wake:
+            while not (self._inbox or engine.has_work or self._cancel.is_set()):
+                self._wake.wait()
+
     def _serve(self, engine: Engine) -> None:
         while not self._cancel.is_set():
-            with self._wake:
-                while not (self._inbox or engine.has_work or self._cancel.is_set()):
-                    self._wake.wait()
+            self._await_commands(engine)
             deltas: list[Delta] = []
             while self._inbox:
                 deltas += self._inbox.popleft()(engine)

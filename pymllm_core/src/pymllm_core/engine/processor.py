@@ -236,21 +236,27 @@ def load_tokenizer(
     return tokenizer
 
 
+_GENERAL = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Names of the class that takes tokenizer.json as it is, in transformers 5 and before."""
+
+
 def _read_tokenizer(folder: Path, settings: ServerSettings, known: str | None) -> PreTrainedTokenizerBase:
-    """By the class `known` where the folder names it, too, else as ``AutoTokenizer`` decides."""
+    """By the class `known` or the general one where the folder names it, else as ``AutoTokenizer`` decides.
+
+    That one asks for the model's config first, and imports seconds' worth of transformers for it.
+    """
     import transformers
 
     file = folder / "tokenizer_config.json"
     stored = read_json(file) if file.is_file() else {}
     options: dict[str, Any] = {"local_files_only": True}
     reader: Any = None
-    if (
-        known is not None
-        and str(stored.get("tokenizer_class")).removesuffix("Fast") == known
-        and "auto_map" not in stored
-        and settings.tokenizer_mode != "slow"
-    ):
-        reader = getattr(transformers, known, None)
+    if known is not None and "auto_map" not in stored and settings.tokenizer_mode != "slow":
+        named = str(stored.get("tokenizer_class"))
+        if named.removesuffix("Fast") == known:
+            reader = getattr(transformers, known, None)
+        elif named in _GENERAL:
+            reader = transformers.PreTrainedTokenizerFast
     if reader is None:
         reader = transformers.AutoTokenizer
         options |= {

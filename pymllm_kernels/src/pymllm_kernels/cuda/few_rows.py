@@ -23,6 +23,9 @@ from pymllm_kernels.cuda.few_rows_plan import (
     tiles_plan,
 )
 from pymllm_kernels.cuda.int4_tiles import to_constants, to_tiles
+from pymllm_kernels.cuda.many_rows_library import CAPABILITY as MANY_ROWS_CAPABILITY
+from pymllm_kernels.cuda.many_rows_library import ManyRows, many_rows_kernels
+from pymllm_kernels.cuda.many_rows_plan import many_rows_plan
 from pymllm_kernels.cuda.some_rows_library import MAX_ROWS as SOME_ROWS
 from pymllm_kernels.cuda.some_rows_library import SomeRows, some_rows_kernels
 from pymllm_kernels.cuda.some_rows_plan import some_rows_plan
@@ -45,6 +48,15 @@ def ready(x: Tensor) -> Tensor:
 
 def columns_adjacent(residual: Tensor | None) -> Tensor | None:
     return residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
+
+
+def in_pairs(residual: Tensor | None) -> Tensor | None:
+    """The residual [M, N] bfloat16, N even, as pairs of neighbours at multiples of 4 bytes."""
+    if residual is None or (
+        residual.stride(1) == 1 and residual.stride(0) % 2 == 0 and residual.data_ptr() % 4 == 0
+    ):
+        return residual
+    return residual.clone(memory_format=torch.contiguous_format)
 
 
 MAX_NORMED = 1 << 14
@@ -84,7 +96,8 @@ class PackedInt4:
 class CudaLinear:
     """`protocols.kernel.LinearKernel` for ``linear`` in bfloat16.
 
-    One row of some large weights, and 2 to 16 rows where K is a multiple of 64; the rest is `TritonLinear`'s.
+    One row of some large weights; 2 to 256 rows on Hopper; 2 to 16 rows where K is a multiple of 64. The rest is
+    `TritonLinear`'s.
     """
 
     fuses = TritonLinear.fuses
@@ -93,12 +106,14 @@ class CudaLinear:
         self._rest = TritonLinear()
         self._kernels: FewRows | None = None
         self._some: SomeRows | None = None
+        self._many: ManyRows | None = None
 
     def pack(self, tensors: dict[str, Tensor], *, act: str | None) -> PackedDense:
         """Raises KernelBuildError where the kernels have to be compiled and cannot."""
         weight = tensors["weight"]
         self._kernels = kernels_for(weight, Format("bfloat16"))
         self._some = some_kernels_for(weight)
+        self._many = many_kernels_for(weight)
         rest = self._rest.pack(tensors, act=act)
         bias = None if rest.bias is None else rest.bias.float()
         return PackedDense(Operand(rest.weight, rest.out_features, rest.gated, bias=bias), rest)
@@ -114,22 +129,27 @@ class CudaLinear:
     ) -> Tensor:
         (rows, k), own, dtype = x.shape, packed.own, out_dtype or x.dtype
         device = gpu(x.device)
-        some = 1 < rows <= SOME_ROWS and k % 64 == 0
-        ours = rows == 1 and own.weight.numel() * 2 >= SMALL and one_row_is_ours(own.n, k, device.sms)
-        if dtype not in _OUT or not (some or ours):
+        if dtype not in _OUT or rows == 0:
             return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
-        assert self._kernels is not None
+        if rows == 1:
+            if own.weight.numel() * 2 < SMALL or not one_row_is_ours(own.n, k, device.sms):
+                return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
+            assert self._kernels is not None
+            plan = one_row_plan(own.n, k, device.sms, gated=own.gated, bits=16)
+            x, norm = normed(ready(x), norm)
+            return self._kernels(x, own, plan, norm=norm, residual=columns_adjacent(residual), dtype=dtype)
+        many = many_rows_plan(rows, own.n, k, device.sms, gated=own.gated, shared=device.shared)
+        if self._many is not None and many is not None:
+            x = ready(x) if norm is None else rms_norm(ready(x), *norm)
+            return self._many(x, own, many, residual=in_pairs(residual), dtype=dtype)
+        if rows > SOME_ROWS or k % 64:
+            return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
         assert self._some is not None
-        x, residual = ready(x), columns_adjacent(residual)
-        if some:
-            how = some_rows_plan(
-                rows, own.n, k, device.sms,
-                gated=own.gated, normed=norm is not None, shared=device.shared, clusters=device.major >= 9,
-            )  # fmt: skip
-            return self._some(x, own, how, norm=norm, residual=residual, dtype=dtype)
-        x, norm = normed(x, norm)
-        plan = one_row_plan(own.n, k, device.sms, gated=own.gated, bits=16)
-        return self._kernels(x, own, plan, norm=norm, residual=residual, dtype=dtype)
+        some = some_rows_plan(
+            rows, own.n, k, device.sms,
+            gated=own.gated, normed=norm is not None, shared=device.shared, clusters=device.major >= 9,
+        )  # fmt: skip
+        return self._some(ready(x), own, some, norm=norm, residual=columns_adjacent(residual), dtype=dtype)
 
 
 class CudaW8A8:
@@ -270,3 +290,9 @@ def kernels_for(weight: Tensor, form: Format) -> FewRows:
 def some_kernels_for(weight: Tensor) -> SomeRows:
     """Those of some rows."""
     return some_rows_kernels(torch.cuda.get_device_capability(weight.device))
+
+
+def many_kernels_for(weight: Tensor) -> ManyRows | None:
+    """Those of many rows, where the device has their instructions."""
+    capability = torch.cuda.get_device_capability(weight.device)
+    return many_rows_kernels(capability) if capability == MANY_ROWS_CAPABILITY else None

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 
+import torch
+
 from pymllm_core.specs import Want
-from pymllm_kernels.cuda import few_rows_library, some_rows_library
+from pymllm_kernels.cuda import few_rows_library, many_rows_library, some_rows_library
 from pymllm_kernels.cuda.few_rows_library import Format, parts_of
 from pymllm_kernels.cuda.library import why_missing
 from pymllm_kernels.cutlass.tiles import Capability
 
 
 def why_not_linear(want: Want) -> str | None:
-    """Why no kernel for ``linear`` can be had, None where both its libraries are compiled or can be."""
+    """Why no kernel for ``linear`` can be had, None where all its libraries are compiled or can be."""
     return _why_not(Format("bfloat16"), want)
 
 
@@ -36,4 +38,5 @@ def _why_missing(form: Format, capability: Capability) -> str | None:
     recipes = [few_rows_library.recipe(form, capability)]
     if form.weights == "bfloat16":
         recipes.append(some_rows_library.recipe(capability))
+        recipes += many_rows_library.recipes(capability, [torch.bfloat16])
     return why_missing(recipes)
