@@ -159,3 +159,28 @@ def test_a_prompt_among_many_decodes_is_replayed(toy: Path) -> None:
     # 40 tokens of twenty prompts, then 20, 21 and 22 decodes beside a prompt of 12: pieces of 48, 32, 48 and 48.
     assert replays == [0, 0, 1, 1]
     assert counter.captures[0] == 48
+
+
+def test_pieces_are_captured_while_there_is_nothing_to_do(toy: Path) -> None:
+    """All of them, one at a time and once; answers are the same, and nothing is captured for them."""
+    settings: dict[str, Any] = {"max_prefill_tokens": 70, "max_running_requests": 5}
+    prompts, params = prompts_of([3, 60, 14, 31, 48]), [greedy(4)] * 5
+    expected = complete(make_engine(toy, **settings), prompts, params)
+    engine, counter = with_pieces(toy, **settings)
+    engine.add(Request("a", (1, 2, 3), greedy(2)))
+    assert not engine.warm_up(), "there is work"
+    while engine.has_work:
+        engine.step()
+    before = len(counter.captures)
+    steps = 0
+    while engine.warm_up():
+        steps += 1
+        assert len(counter.captures) == before + steps
+    assert sorted(counter.captures) == sorted(
+        size for size in pieces.SIZES if size <= engine.runner.config.max_tokens
+    )
+    got = complete(engine, prompts, params)
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+    assert steps
+    assert len(counter.captures) == before + steps
+    check_idle(engine)

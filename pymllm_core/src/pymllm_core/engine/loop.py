@@ -98,6 +98,7 @@ class EngineLoop:
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[Engine], list[Delta]]] = deque()
         self._cancel = threading.Event()
+        self._warms_up = True
         self.engine: Engine | None = None
 
     def start(self) -> None:
@@ -157,9 +158,21 @@ class EngineLoop:
 
     def _await_commands(self, engine: Engine) -> None:
         """Until there is something to do."""
-        with self._wake:
-            while not (self._inbox or engine.has_work or self._cancel.is_set()):
-                self._wake.wait()
+        while not self._cancel.is_set():
+            with self._wake:
+                if self._inbox or engine.has_work or self._cancel.is_set():
+                    return
+                if not self._warms_up:
+                    self._wake.wait()
+                    continue
+            self._warm_up(engine)
+
+    def _warm_up(self, engine: Engine) -> None:
+        try:
+            self._warms_up = engine.warm_up()
+        except Exception:
+            self._warms_up = False
+            logger.exception("a step could not be prepared beforehand; it is prepared when it comes")
 
     def _serve(self, engine: Engine) -> None:
         while not self._cancel.is_set():

@@ -46,13 +46,19 @@ class Capture(Protocol):
 
 
 class PieceGraphs:
-    """The captured pieces of one model, captured when numbers of tokens and outputs come for the second time."""
+    """The captured pieces of one model.
+
+    Captured one after another while the engine has nothing to do (`capture_next`), or when numbers of tokens and
+    outputs come for the second time. kv: one `LayerKV` a layer.
+    """
 
     def __init__(
         self,
         *,
         model: Model,
         attention: AttentionBackend,
+        kv: list[LayerKV],
+        page_size: int,
         num_heads: int,
         spare_slot: int,
         max_tokens: int,
@@ -63,6 +69,7 @@ class PieceGraphs:
     ) -> None:
         self.sizes = [size for size in SIZES if size <= max_tokens]
         self._model, self._attention, self._spare = model, attention, spare_slot
+        self._kv, self._page_size = kv, page_size
         self._num_heads, self._dtype, self._device = num_heads, dtype, device
         # Numbers of rows that decodes have, too, so that no kernel is compiled for the first prompt.
         self._outputs = sorted({min(outputs, max_rows) for outputs in OUTPUTS})
@@ -75,6 +82,20 @@ class PieceGraphs:
         self._slots = torch.zeros(largest, dtype=torch.int64, device=device)
         self._rows = torch.zeros(self._outputs[-1], dtype=torch.int64, device=device)
         self._out = torch.empty(0)
+        # Those that have not been captured yet; few outputs first.
+        self._missing = [(size, outputs) for outputs in self._outputs for size in self.sizes][::-1]
+
+    def capture_next(self) -> bool:
+        """Capture one that has not come yet; False where there is none. Not while a step is under way."""
+        while self._missing:
+            size, count = self._missing.pop()
+            if (size, count) in self._replays:
+                continue
+            self._ids[:size], self._positions[:size], self._slots[:size] = 0, 0, self._spare
+            self._rows[:count] = 0
+            self._capture_piece(size, count)
+            return True
+        return False
 
     def run(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor | None:
         """Logits [R, vocab] of `ctx.output_rows`, valid until the next call; None where no piece fits.
@@ -100,15 +121,9 @@ class PieceGraphs:
             buffer[tokens:size] = padding
         self._rows[:outputs] = torch.arange(tokens, device=self._device) if rows is None else rows
         self._rows[outputs:count] = 0
-        if not self._out.numel():
-            kv = ctx.kv[0].k
-            self._out = torch.zeros(
-                (self.sizes[-1], self._num_heads, kv.shape[-1]), dtype=self._dtype, device=self._device
-            )
-        out = self._out[:size]
         if (size, count) not in self._replays:
-            step = partial(self._step, ctx=ctx, size=size, outputs=count)
-            self._replays[size, count] = self._capture(step, out)
+            self._capture_piece(size, count)
+        out = self._out[:size]
 
         ctx.out = out[:tokens]
 
@@ -120,19 +135,30 @@ class PieceGraphs:
 
         return self._replays[size, count](attend)[:outputs]
 
-    def _step(self, attention: AttentionBackend, ctx: ForwardContext, size: int, outputs: int) -> Tensor:
-        """The whole pass over the standing buffers; of `ctx` it takes the cache alone."""
+    def _capture_piece(self, size: int, outputs: int) -> None:
+        if not self._out.numel():
+            self._out = torch.zeros(
+                (self.sizes[-1], self._num_heads, self._kv[0].k.shape[-1]),
+                dtype=self._dtype,
+                device=self._device,
+            )
+        step = partial(self._step, size=size, outputs=outputs)
+        self._replays[size, outputs] = self._capture(step, self._out[:size])
+
+    def _step(self, attention: AttentionBackend, size: int, outputs: int) -> Tensor:
+        """The whole pass over the standing buffers; what only attention reads is not there."""
+        nothing = self._rows[:0].int()
         standing = ForwardContext(
             positions=self._positions[:size],
             slots=self._slots[:size],
-            query_start=ctx.query_start,
-            kv_lens=ctx.kv_lens,
-            page_table=ctx.page_table,
+            query_start=nothing,
+            kv_lens=nothing,
+            page_table=nothing.view(0, 0),
             num_decodes=0,
             query_lens=[size],
             kv_lens_host=[size],
-            page_size=ctx.page_size,
-            kv=ctx.kv,
+            page_size=self._page_size,
+            kv=self._kv,
             attention=attention,
             output_rows=self._rows[:outputs],
         )

@@ -171,10 +171,15 @@ class _PipeLoop(EngineLoop):
         super()._serve(engine)
 
     def _await_commands(self, engine: Engine) -> None:
-        waits = not (self._inbox or engine.has_work)
-        while not self._cancel.is_set() and self._news.poll(None if waits else 0):
-            self._obey()
-            waits = False
+        idle = not (self._inbox or engine.has_work)
+        while not self._cancel.is_set():
+            if self._news.poll(None if idle and not self._warms_up else 0):
+                self._obey()
+                idle = False
+            elif not idle:
+                return
+            else:
+                self._warm_up(engine)
 
 
 def main(connection: Connection) -> None:

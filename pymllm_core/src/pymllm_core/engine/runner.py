@@ -176,11 +176,13 @@ class Runner:
         self._graphs.prepare(progress)
 
     def capture_pieces(self, **options: Any) -> None:
-        """Have steps with prompts captured piece by piece as they come; options: see `PieceGraphs`."""
+        """Have steps with prompts captured piece by piece; options: see `PieceGraphs`."""
         config = self.config
         self._pieces = PieceGraphs(
             model=self._model,
             attention=self._attention,
+            kv=self.kv,
+            page_size=config.page_size,
             num_heads=self._num_heads,
             spare_slot=config.num_pages * config.page_size,
             max_tokens=config.max_tokens,
@@ -189,6 +191,11 @@ class Runner:
             device=config.device,
             **options,
         )
+
+    @torch.inference_mode()
+    def capture_next_piece(self) -> bool:
+        """Capture a step with prompts that has not come yet, between two steps; False where there is none left."""
+        return self._pieces is not None and self._pieces.capture_next()
 
     def _cache(self, size: tuple[int, int, int]) -> Tensor:
         if self.config.device.type == "cpu":
