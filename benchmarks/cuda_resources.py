@@ -1,13 +1,14 @@
 """Compiles every CUDA source for GPUs that need not be there, and writes down what it takes.
 
     python benchmarks/cuda_resources.py [--capabilities 8.0,8.7,8.9,9.0 | --tiles 8.7:64x128x128-32x64-3 ...]
-                                        [--kernels int8_gemm,decode_attention,few_rows,some_rows]
+                                        [--kernels int8_gemm,decode_attention,few_rows,some_rows,many_rows]
                                         [--rows rows.jsonl] [--write docs/reference/cuda-kernels.md]
 
 Prints a Markdown table of what ptxas says of each kernel: registers a thread, bytes of shared memory a block,
 bytes spilled. Of the linear nodes of few rows, whose libraries hold 18 to 39 kernels, the one with most registers, the
 bytes that any of them spills at most, and shared memory for one row of 4096 columns with a norm, staged by 8 warps; of
-that of some rows likewise, with shared memory for 8 rows, 96 of the weight and 5 stages of 64 columns.
+that of some rows likewise, with shared memory for 8 rows, 96 of the weight and 5 stages of 64 columns; of that of many
+rows, which 9.0 alone has, for 32 rows, 64 of the weight and 7 stages of 128 columns.
 Ends with an error where one spills more than SPILLS allows or asks for more than its device has. Compiles through
 the cache, so a second run takes no time. --tiles names tiles of int8_gemm or formats of few_rows (8.0:int4_g32).
 """
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from pymllm_kernels.cuda import decode_library, few_rows_library, some_rows_library
+from pymllm_kernels.cuda import decode_library, few_rows_library, many_rows_library, some_rows_library
 from pymllm_kernels.cuda.few_rows_library import FORMATS, Arguments, Format
 from pymllm_kernels.cutlass.library import recipe
 from pymllm_kernels.cutlass.tiles import Capability, Tile, tile_named, tiles_for
@@ -57,9 +58,9 @@ _DECODE = re.compile(
     r"entry function '\w*decode_kernelILi(\d+)ELi(\d+)ELb([01])E.*?(?=Compiling|\Z)", re.DOTALL
 )
 # X_TILES, ROW_TILES, GATED, STAGED of tiles.h's kernel; ROWS, GATED, AHEAD of one_row.h's; X_TILES, GATED, NORM,
-# BLOCK_K of some_rows.cu's
+# BLOCK_K of some_rows.cu's; X_ROWS, GROUPS, GATED of many_rows.cu's
 _FEW_ROWS = re.compile(
-    r"entry function '\w*?(?P<kernel>few_rows_kernel|some_rows_kernel|one_row_kernel|prepare_kernel|widen_kernel)"
+    r"entry function '\w*?(?P<kernel>(?:few_rows|some_rows|many_rows|one_row|prepare|widen)_kernel)"
     r"(?:I(?P<values>\w+?)EEv)?.*?(?=Compiling|\Z)",
     re.DOTALL,
 )
@@ -111,6 +112,14 @@ def some_rows_resources(capability: Capability) -> dict[str, Any]:
     sizes = some_rows_library.Arguments(product=product, block_k=64, stages=5, splits=1)
     shared = ctypes.CDLL(str(library)).pymllm_some_rows_shared_memory(ctypes.byref(sizes))
     return largest_of(library, "some_rows", "bfloat16", capability, shared)
+
+
+def many_rows_resources(capability: Capability) -> dict[str, Any]:
+    """One row for all kernels."""
+    library = build_library(many_rows_library.recipe(capability))
+    sizes = many_rows_library.Arguments(x_rows=32, groups=1, stages=7, splits=1)
+    shared = ctypes.CDLL(str(library)).pymllm_many_rows_shared_memory(ctypes.byref(sizes))
+    return largest_of(library, "many_rows", "bfloat16", capability, shared)
 
 
 def largest_of(library: Path, kernel: str, tile: str, capability: Capability, shared: int) -> dict[str, Any]:
@@ -175,7 +184,8 @@ listed. `few_rows` has a library for each format of weights: the kernel with mos
 tiles of 8 rows of x, tiles of 16 rows of the weight, gated, staged; of `one_row`: results of a warp, gated, loads
 ahead), the spilled bytes are the most of any, shared memory is that of one row of 4096 columns with a norm.
 `some_rows` likewise (numbers: tiles of 8 rows of x, gated, norm, columns of a chunk); shared memory is that of
-8 rows of x with a norm, 96 rows of the weight and 5 stages of 64 columns.
+8 rows of x with a norm, 96 rows of the weight and 5 stages of 64 columns. `many_rows` (numbers: rows of x, groups of
+four warps, gated), which 9.0 alone has, with that of 32 rows of x, 64 of the weight and 7 stages of 128 columns.
 Triton's kernels have [a table of their own](gpu-kernels.md).
 
 | capability | kernel | tile | registers | shared | spilled | library KiB |
@@ -192,7 +202,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--capabilities", default="8.0,8.7,8.9,9.0")
     source.add_argument("--tiles", nargs="+", metavar="X.Y:NAME", help="single tiles, each with its device")
-    parser.add_argument("--kernels", default="int8_gemm,decode_attention,few_rows,some_rows")
+    parser.add_argument("--kernels", default="int8_gemm,decode_attention,few_rows,some_rows,many_rows")
     parser.add_argument("--rows", type=Path, help="JSONL to write")
     parser.add_argument("--write", type=Path, help="Markdown to write")
     arguments = parser.parse_args()
@@ -222,10 +232,13 @@ def main() -> None:
     build_all([few_rows_library.recipe(form, capability) for form, capability in few])
     some = wanted if "some_rows" in kernels else []
     build_all([some_rows_library.recipe(capability) for capability in some])
+    many = [one for one in wanted if one == many_rows_library.CAPABILITY] if "many_rows" in kernels else []
+    build_all([many_rows_library.recipe(capability) for capability in many])
     rows = [resources(tile, capability) for tile, capability in pairs]
     rows += [row for dim, capability in heads for row in decode_resources(dim, capability)]
     rows += [few_rows_resources(form, capability) for form, capability in few]
     rows += [some_rows_resources(capability) for capability in some]
+    rows += [many_rows_resources(capability) for capability in many]
     text = HEAD + "\n".join(map(line, rows)) + "\n"
     print(text)
     if arguments.write:

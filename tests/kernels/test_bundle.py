@@ -201,7 +201,7 @@ def run(sources: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return [recipe(sources, f"gemm{capability[0]}{capability[1]}_{str(t)[6:]}") for t in dtypes]
 
     monkeypatch.setattr(catalogue, "cutlass_recipes", recipes)
-    for name in ("decode_recipes", "few_rows_recipes", "some_rows_recipes"):
+    for name in ("decode_recipes", "few_rows_recipes", "some_rows_recipes", "many_rows_recipes"):
         monkeypatch.setattr(catalogue, name, lambda capability, dtypes: [])
     monkeypatch.setattr(catalogue, "this_capability", lambda: None)
     monkeypatch.setattr(catalogue, "REQUIRED_CPU_FLAGS", frozenset({"a feature that no CPU has"}))

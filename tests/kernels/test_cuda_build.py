@@ -105,6 +105,14 @@ def test_some_rows_compile(repository: Path, tmp_path: Path, capability: str) ->
     assert row["spill_stores"] == row["spill_loads"] == 0
 
 
+@pytest.mark.usefixtures("nvcc")
+def test_many_rows_compile(repository: Path, tmp_path: Path) -> None:
+    """For Hopper, whose instructions they are."""
+    (row,) = compiled(repository, tmp_path, "--kernels", "many_rows", "--capabilities", "8.7,9.0")
+    assert (row["capability"], row["tile"], row["kernels"]) == ("9.0", "bfloat16", 20)
+    assert row["spill_stores"] == row["spill_loads"] == 0
+
+
 def test_written_table_has_every_format(repository: Path) -> None:
     text = (repository / "docs" / "reference" / "cuda-kernels.md").read_text()
     cells = [line.split(" | ") for line in text.splitlines() if "| `few_rows` |" in line]

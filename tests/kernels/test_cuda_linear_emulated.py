@@ -112,8 +112,15 @@ def test_one_row_that_is_too_long_for_the_norm(computed_by: list[str]) -> None:
     assert computed_by == ["one row"]
 
 
+def test_one_row_of_few_results(computed_by: list[str]) -> None:
+    """With many columns they are made as several rows are."""
+    check("bfloat16", 1, 40, 320, norm=True, residual=True, device=CPU)
+    check("bfloat16", 1, 40, 80, bias=True, out_dtype=F32, device=CPU)
+    assert computed_by == ["many rows"] * 2
+
+
 def test_one_row_of_a_small_weight(computed_by: list[str]) -> None:
-    check("bfloat16", 1, 64, 320, norm=True, residual=True, device=CPU)
+    check("bfloat16", 1, 256, 320, norm=True, residual=True, device=CPU)
     assert computed_by == ["the rest"]
 
 

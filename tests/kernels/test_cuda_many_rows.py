@@ -42,7 +42,7 @@ def kernels() -> ManyRows:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", SHAPES)
-@pytest.mark.parametrize("rows", [2, 8, 13, 32, 57, 64, 100, 128, 200, 256])
+@pytest.mark.parametrize("rows", [1, 2, 8, 13, 32, 57, 64, 100, 128, 200, 256])
 def test_a_layer_by_the_rules(kernels: ManyRows, model: str, rows: int) -> None:
     properties = launch.gpu(DEVICE)
     for i, (n, k) in enumerate(SHAPES[model]):

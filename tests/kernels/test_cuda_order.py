@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from pymllm_kernels.cuda import some_rows_library
+from pymllm_kernels.cuda import many_rows_library, some_rows_library
 from pymllm_kernels.cuda.few_rows_library import Format, recipe
 from pymllm_kernels.recipe import KernelBuildError, Recipe
 
 ASKED = os.environ.get("PYMLLM_CUDA_BUILD", "")
-WAIT, LOAD, COPY = "ACQBULK", "LDG.E", "LDGSTS.E"
+WAIT, LOAD, COPY, TILE = "ACQBULK", "LDG.E", "LDGSTS.E", "UTMALDG"
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,13 @@ def test_some_rows_ask_for_weights_before_the_wait(nvdisasm: str, tmp_path: Path
         gated, block_k = map(int, values.groups())
         expected = 16 * (1 + gated) * block_k // 8 // 32
         assert before >= expected, f"{name} starts {before} copies before it waits, not {expected}"
+
+
+def test_many_rows_ask_for_weights_before_the_wait(nvdisasm: str, tmp_path: Path) -> None:
+    """Tiles of W, in a loop; where gated, of gate and of up."""
+    found = before_the_wait(many_rows_library.recipe((9, 0)), TILE, nvdisasm, tmp_path)
+    assert len(found) == 20
+    for name, before in found.items():
+        values = re.search(r"many_rows_kernelILi\d+ELi\dELb([01])E", name)
+        assert values is not None, name
+        assert before >= 1 + int(values[1]), f"{name} asks for {before} tiles before it waits"

@@ -96,7 +96,7 @@ class PackedInt4:
 class CudaLinear:
     """`protocols.kernel.LinearKernel` for ``linear`` in bfloat16.
 
-    One row of some large weights; 2 to 256 rows on Hopper; 2 to 16 rows where K is a multiple of 64. The rest is
+    One row of some weights; 2 to 256 rows on Hopper; 2 to 16 rows where K is a multiple of 64. The rest is
     `TritonLinear`'s.
     """
 
@@ -131,6 +131,10 @@ class CudaLinear:
         device = gpu(x.device)
         if dtype not in _OUT or rows == 0:
             return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
+        many = many_rows_plan(rows, own.n, k, device.sms, gated=own.gated, shared=device.shared)
+        if self._many is not None and many is not None:
+            x = ready(x) if norm is None else rms_norm(ready(x), *norm)
+            return self._many(x, own, many, residual=in_pairs(residual), dtype=dtype)
         if rows == 1:
             if own.weight.numel() * 2 < SMALL or not one_row_is_ours(own.n, k, device.sms):
                 return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
@@ -138,10 +142,6 @@ class CudaLinear:
             plan = one_row_plan(own.n, k, device.sms, gated=own.gated, bits=16)
             x, norm = normed(ready(x), norm)
             return self._kernels(x, own, plan, norm=norm, residual=columns_adjacent(residual), dtype=dtype)
-        many = many_rows_plan(rows, own.n, k, device.sms, gated=own.gated, shared=device.shared)
-        if self._many is not None and many is not None:
-            x = ready(x) if norm is None else rms_norm(ready(x), *norm)
-            return self._many(x, own, many, residual=in_pairs(residual), dtype=dtype)
         if rows > SOME_ROWS or k % 64:
             return self._rest.apply(x, packed.rest, norm=norm, residual=residual, out_dtype=out_dtype)
         assert self._some is not None

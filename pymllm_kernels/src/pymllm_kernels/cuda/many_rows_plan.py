@@ -32,16 +32,29 @@ RESERVED = 1 << 10
 """Bytes of a multiprocessor's shared memory that the device keeps for itself for each block."""
 
 
+FEW_RESULTS = 2 << 20
+"""Numbers of a weight, with at least twice as many columns as rows, up to which one row of x is this kernel's, too: the
+output projection of 0.6B is too small to fill the device with blocks that have whole rows. 0.555 ms a step became 0.525
+(benchmarks/results/gpu_tried.jsonl)."""
+
+
+def takes_one_row(n: int, k: int, *, gated: bool) -> bool:
+    """Whether one row of x is multiplied as several are."""
+    return not gated and k >= 2 * n and n * k <= FEW_RESULTS
+
+
 def many_rows_plan(
     rows: int, n: int, k: int, sms: int, *, gated: bool, shared: int = 227 << 10
 ) -> Plan | None:
-    """For 2 rows and more; None where another kernel is faster, or this one does not take the shape.
+    """For a number of rows; None where another kernel is faster, or this one does not take the shape.
 
     n: results. shared: bytes that a block may have.
     """
     tiles = ceil_div(n, GROUP_ROWS // (2 if gated else 1))
     # The output head is read at the memory's rate by any kernel.
     head, large = tiles > 8 * sms, tiles > 2 * sms
+    if rows == 1 and not takes_one_row(n, k, gated=gated):
+        return None
     if n % 2 or k % 8 or head or rows > MAX_ROWS or (rows > 128 and n * k > SMALL):
         return None
     if large and (rows <= 8 or rows > 64 or (rows <= 16 and n * k > LARGE)):
