@@ -184,3 +184,26 @@ def test_pieces_are_captured_while_there_is_nothing_to_do(toy: Path) -> None:
     assert steps
     assert len(counter.captures) == before + steps
     check_idle(engine)
+
+
+def test_without_memory_for_pieces_answers_are_the_same(toy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is tried once for each size, and said."""
+    settings: dict[str, Any] = {"max_prefill_tokens": 70, "max_running_requests": 5}
+    prompts, params = prompts_of([33, 33, 33, 33]), [greedy(4)] * 4
+    expected = complete(make_engine(toy, **settings), prompts, params)
+    engine = make_engine(toy, **settings)
+    tried: list[int] = []
+
+    def capture(step: Step, out: Tensor) -> Callable[[Attend], Tensor]:
+        tried.append(len(out))
+        raise torch.OutOfMemoryError("10 MiB more were asked for")
+
+    engine.runner.capture_pieces(capture=capture)
+    for _ in range(3):
+        got = complete(engine, prompts, params)
+        assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+    while engine.warm_up():
+        pass
+    assert len(tried) == len(set(tried))
+    assert "operator by operator: 10 MiB more were asked for" in caplog.text
+    check_idle(engine)

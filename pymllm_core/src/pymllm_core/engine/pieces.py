@@ -10,6 +10,7 @@ long, which is longer than a GPU needs for a short prompt.
 from __future__ import annotations
 
 import bisect
+import logging
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from pymllm_core.protocols.attention import AttentionBackend, ForwardContext, LayerKV
 from pymllm_core.protocols.model import Model
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2048
 """Longer steps keep a GPU busy for longer than the host needs to launch them."""
@@ -82,14 +85,15 @@ class PieceGraphs:
         self._slots = torch.zeros(largest, dtype=torch.int64, device=device)
         self._rows = torch.zeros(self._outputs[-1], dtype=torch.int64, device=device)
         self._out = torch.empty(0)
-        # Those that have not been captured yet; few outputs first.
+        # Those that have not been captured yet, few outputs first, and those for which there was no memory.
         self._missing = [(size, outputs) for outputs in self._outputs for size in self.sizes][::-1]
+        self._refused: set[tuple[int, int]] = set()
 
     def capture_next(self) -> bool:
         """Capture one that has not come yet; False where there is none. Not while a step is under way."""
         while self._missing:
             size, count = self._missing.pop()
-            if (size, count) in self._replays:
+            if (size, count) in self._replays or (size, count) in self._refused:
                 continue
             self._ids[:size], self._positions[:size], self._slots[:size] = 0, 0, self._spare
             self._rows[:count] = 0
@@ -110,7 +114,9 @@ class PieceGraphs:
         size = self.sizes[bisect.bisect_left(self.sizes, tokens)]
         count = self._outputs[bisect.bisect_left(self._outputs, outputs)]
         self._seen[size, count] += 1
-        if self._seen[size, count] == 1:
+        if (size, count) in self._refused:
+            return None
+        if self._seen[size, count] == 1 and (size, count) not in self._replays:
             return None  # compiles its kernels, and may be the only one of its size
         for buffer, values, padding in (
             (self._ids, input_ids, 0),
@@ -121,8 +127,8 @@ class PieceGraphs:
             buffer[tokens:size] = padding
         self._rows[:outputs] = torch.arange(tokens, device=self._device) if rows is None else rows
         self._rows[outputs:count] = 0
-        if (size, count) not in self._replays:
-            self._capture_piece(size, count)
+        if (size, count) not in self._replays and not self._capture_piece(size, count):
+            return None
         out = self._out[:size]
 
         ctx.out = out[:tokens]
@@ -135,7 +141,8 @@ class PieceGraphs:
 
         return self._replays[size, count](attend)[:outputs]
 
-    def _capture_piece(self, size: int, outputs: int) -> None:
+    def _capture_piece(self, size: int, outputs: int) -> bool:
+        """Whether there was memory for it."""
         if not self._out.numel():
             self._out = torch.zeros(
                 (self.sizes[-1], self._num_heads, self._kv[0].k.shape[-1]),
@@ -143,7 +150,13 @@ class PieceGraphs:
                 device=self._device,
             )
         step = partial(self._step, size=size, outputs=outputs)
-        self._replays[size, outputs] = self._capture(step, self._out[:size])
+        try:
+            self._replays[size, outputs] = self._capture(step, self._out[:size])
+        except torch.OutOfMemoryError as error:
+            self._refused.add((size, outputs))
+            logger.warning("steps of %d tokens are launched operator by operator: %s", size, error)
+            return False
+        return True
 
     def _step(self, attention: AttentionBackend, size: int, outputs: int) -> Tensor:
         """The whole pass over the standing buffers; what only attention reads is not there."""
@@ -209,8 +222,10 @@ class CudaPieces:
             # writes to the cache is written again by the replay, before anything reads it.
             step(AttentionSeam(lambda q, kv: out))
             begin()
-            result = step(AttentionSeam(seam))
-            pieces[-1].capture_end()
+            try:
+                result = step(AttentionSeam(seam))
+            finally:
+                pieces[-1].capture_end()
         result = borrow(result)
 
         def replay(attend: Attend) -> Tensor:

@@ -8,7 +8,6 @@ import logging
 import logging.handlers
 import os
 import pickle
-import select
 import signal
 import threading
 import traceback
@@ -16,22 +15,17 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from pymllm_core.child import SIGNALS
-from pymllm_core.engine.loop import EngineLoop, Listener, Load
+from pymllm_core.engine.loop import EngineLoop
 from pymllm_core.engine.status import EngineStats, Progress
 from pymllm_core.errors import PymllmError
 from pymllm_core.output import Delta, Usage
 
 if TYPE_CHECKING:
-    from pymllm_core.config import Settings
-    from pymllm_core.engine.engine import Engine
     from pymllm_core.engine.processor import Processor
     from pymllm_core.plan import Plan
 
 STOP_S = 3.0
 """How long the engine may take to end in order."""
-
-POLL_MS = 50
-"""How often the main thread looks whether the engine's thread still lives."""
 
 
 class _Teller:
@@ -119,69 +113,6 @@ class _LogSender(logging.handlers.QueueHandler):
         self._teller.send("log", record)
 
 
-def _watch(connection: Connection, events: int) -> select.poll:
-    """What tells of these events at the connection, to one thread."""
-    watch = select.poll()
-    watch.register(connection.fileno(), events)
-    return watch
-
-
-class _PipeLoop(EngineLoop):
-    """Reads its commands itself, between two steps.
-
-    A thread that read them while a step is launched would take the interpreter's lock from it, request by request: the
-    launches of a prompt took twice as long while others arrived.
-    """
-
-    def __init__(self, settings: Settings, listener: Listener, load: Load, connection: Connection) -> None:
-        super().__init__(settings, listener, load)
-        self._connection = connection
-        self._news = _watch(connection, select.POLLIN)
-        # While the engine is loaded, the main thread reads.
-        self._reading = threading.Lock()
-        self._serving = False
-
-    def follow(self) -> None:
-        """On the main thread: obey while the engine is loaded, and return when it has ended, or the parent is gone."""
-        early = _watch(self._connection, select.POLLIN)
-        while self._thread.is_alive() and not (self._serving or self._cancel.is_set()):
-            if early.poll(POLL_MS):
-                with self._reading:
-                    if not self._serving:
-                        self._obey()
-        gone = _watch(self._connection, 0)  # nothing but the end
-        while self._thread.is_alive() and not self._cancel.is_set():
-            if gone.poll(POLL_MS):
-                return
-
-    def _obey(self) -> None:
-        try:
-            commands = [pickle.loads(command) for command in self._connection.recv()]
-        except (EOFError, OSError):
-            commands = [("stop", ())]
-        for name, arguments in commands:
-            if name == "stop":
-                self._cancel.set()
-            else:
-                getattr(self, name)(*arguments)
-
-    def _serve(self, engine: Engine) -> None:
-        with self._reading:
-            self._serving = True
-        super()._serve(engine)
-
-    def _await_commands(self, engine: Engine) -> None:
-        idle = not (self._inbox or engine.has_work)
-        while not self._cancel.is_set():
-            if self._news.poll(None if idle and not self._warms_up else 0):
-                self._obey()
-                idle = False
-            elif not idle:
-                return
-            else:
-                self._warm_up(engine)
-
-
 def main(connection: Connection) -> None:
     """Obey until told to stop, or until the parent is gone."""
     # Handlers that do nothing, rather than none: the compilers that this process starts shall hear the signals.
@@ -194,9 +125,17 @@ def main(connection: Connection) -> None:
     teller = _Teller(connection)
     logging.getLogger().setLevel(level)
     logging.getLogger().addHandler(_LogSender(teller))
-    loop = _PipeLoop(settings, teller, load, connection)
+    loop = EngineLoop(settings, teller, load)
     loop.start()
-    loop.follow()
+    try:
+        stopping = False
+        while not stopping:
+            for name, arguments in map(pickle.loads, connection.recv()):
+                stopping |= name == "stop"
+                if name != "stop":
+                    getattr(loop, name)(*arguments)
+    except (EOFError, OSError):
+        pass
     if not loop.stop(STOP_S):
         # The interpreter cannot end in order beside a thread that is still in torch.
         os._exit(1)

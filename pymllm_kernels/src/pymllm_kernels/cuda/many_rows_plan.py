@@ -31,7 +31,6 @@ HALF = 0.45
 RESERVED = 1 << 10
 """Bytes of a multiprocessor's shared memory that the device keeps for itself for each block."""
 
-
 FEW_RESULTS = 2 << 20
 """Numbers of a weight, with at least twice as many columns as rows, up to which one row of x is this kernel's, too: the
 output projection of 0.6B is too small to fill the device with blocks that have whole rows. 0.555 ms a step became 0.525

@@ -1,8 +1,8 @@
-// Linear nodes of many rows: y = act(x · W^T + bias) + residual for 17 to some hundred rows of x in bfloat16, one launch.
+// Linear nodes of many rows: y = act(x · W^T + bias) + residual for up to some hundred rows of x in bfloat16, one launch.
 // Compute capability 9.0.
 //
-// Between some rows, where W is all that is read, and prompts, where products are all that is computed: a launch takes as
-// long to begin and to end as to work. So
+// Between one row, where W is all that is read, and prompts, where products are all that is computed: a launch takes as long
+// to begin and to end as to work. So
 // - the device copies tiles of W and x into a ring in shared memory by itself (TMA), which costs one thread a few
 //   instructions, and the tensor cores multiply from there (wgmma);
 // - the weights of the first chunks are asked for before the kernel that makes x has finished (programmatic dependent
@@ -10,7 +10,7 @@
 // - where there are too few rows of W for all multiprocessors, blocks of a cluster share the columns: the others push
 //   their sums into the shared memory of the first one, which adds them in the order of the blocks, so that the bits are
 //   the same every time;
-// - what is not in a loop is short: an instruction that runs once comes from the second-level cache.
+// - what is not in the loop is short: it took longer than the loop at first.
 //
 // The rows of W are the rows of the product, 64 for each group of four warps, those of x its columns. Where gated, the first half
 // of a block's rows are of gate, the others of up. The norm is a launch of its own: done where x lies in shared memory, by
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(GROUPS* GROUP_THREADS + 32, 1) many_rows_kerne
     return;
   }
 
-  // A thread ends with pairs of neighbouring results of every STEP-th row of x: where gated, of the first half of its rows of W.
+  // A thread ends with pairs of neighbouring results of every STEP-th row of x, of which the residual is asked for now.
   const int thread = threadIdx.x, group = thread / GROUP_THREADS, inside = thread % GROUP_THREADS;
   constexpr int STEP = THREADS / (RESULTS / 2), PLACES = X_ROWS < STEP ? 1 : X_ROWS / STEP;
   const int top = thread / (RESULTS / 2), pair = 2 * (thread % (RESULTS / 2));
@@ -204,7 +204,8 @@ int run(const ManyRowsArguments& asked, cudaStream_t stream) {
   const int results = GROUP_ROWS * GROUPS / (GATED ? 2 : 1);
   if (const int refused = map_tiles(task.weight, a.weight, GATED ? 2 * a.n : a.n, a.k, a.weight_stride, results))
     return refused;
-  if (const int refused = map_tiles(task.x, a.x, a.m, a.k, a.x_stride, X_ROWS)) return refused;
+  // The stride of a single row may be anything.
+  if (const int refused = map_tiles(task.x, a.x, a.m, a.k, a.m == 1 ? 2 * a.k : a.x_stride, X_ROWS)) return refused;
   const std::int64_t blocks = (a.n + results - 1) / results * ((a.m + X_ROWS - 1) / X_ROWS) * asked.splits;
   return launch_clusters(many_rows_kernel<X_ROWS, GROUPS, GATED>, dim3(static_cast<unsigned>(blocks)), asked.splits,
                          GROUPS * GROUP_THREADS + 32, at.total, a.pdl != 0, stream, task);
