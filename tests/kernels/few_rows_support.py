@@ -20,6 +20,13 @@ BF16, F32 = torch.bfloat16, torch.float32
 EPS = 0.25
 """Of the norm: large enough that a kernel without it is wrong."""
 
+LAYERS = {
+    "0.6B": ((4096, 1024), (1024, 2048), (3072, 1024), (1024, 3072)),
+    "4B": ((6144, 2560), (2560, 4096), (9728, 2560), (2560, 9728)),
+    "8B": ((6144, 4096), (4096, 4096), (12288, 4096), (4096, 12288)),
+}
+"""n, K of a layer of Qwen3: QKV, output, gate and up (gated), down."""
+
 NODES: dict[str, Any] = {"bfloat16": CudaLinear, "int8": CudaW8A8, "int4": CudaW4A16}
 TILED = ("int8", "int4")
 """Formats of weights of which tensor cores multiply tiles."""

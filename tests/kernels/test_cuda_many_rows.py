@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from few_rows_support import F32, check_early_launches
+from few_rows_support import F32, LAYERS, check_early_launches
 from many_rows_support import check
 from torch import Tensor
 from triton_support import randn
@@ -24,12 +24,6 @@ from pymllm_kernels.cuda.many_rows_plan import many_rows_plan
 from pymllm_kernels.triton import launch
 
 DEVICE = torch.device("cuda")
-SHAPES = {
-    "0.6B": ((4096, 1024), (1024, 2048), (3072, 1024), (1024, 3072)),
-    "4B": ((6144, 2560), (2560, 4096), (9728, 2560), (2560, 9728)),
-    "8B": ((6144, 4096), (4096, 4096), (12288, 4096), (4096, 12288)),
-}
-"""n, K: QKV, output, gate and up (gated), down."""
 
 
 @pytest.fixture
@@ -41,11 +35,11 @@ def kernels() -> ManyRows:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("model", LAYERS)
 @pytest.mark.parametrize("rows", [1, 2, 8, 13, 32, 57, 64, 100, 128, 200, 256])
 def test_a_layer_by_the_rules(kernels: ManyRows, model: str, rows: int) -> None:
     properties = launch.gpu(DEVICE)
-    for i, (n, k) in enumerate(SHAPES[model]):
+    for i, (n, k) in enumerate(LAYERS[model]):
         plan = many_rows_plan(rows, n, k, properties.sms, gated=i == 2, shared=properties.shared)
         if plan is not None:
             check(kernels, rows, n, k, plan, seed=i, gated=i == 2, residual=i % 2 == 1, device=DEVICE)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from few_rows_support import BF16, F32
+from few_rows_support import BF16, F32, LAYERS
 from many_rows_support import check
 from triton_support import randn
 
@@ -32,13 +32,6 @@ if TYPE_CHECKING:
 
 NAN = float("nan")
 SHARED = 227 << 10
-MODELS = {
-    "0.6B": ((4096, 1024), (1024, 2048), (3072, 1024), (1024, 3072)),
-    "4B": ((6144, 2560), (2560, 4096), (9728, 2560), (2560, 9728)),
-    "8B": ((6144, 4096), (4096, 4096), (12288, 4096), (4096, 12288)),
-}
-"""n, K: QKV, output, gate and up (gated), down."""
-
 pytest_plugins = ("few_rows_emulation",)
 
 
@@ -146,13 +139,13 @@ def test_shared_memory_is_as_python_says(emulation: Emulation) -> None:
         assert found == shared_bytes(Plan(x_rows, groups, stages, splits))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", LAYERS)
 @pytest.mark.parametrize("sms", [132, 114])
 def test_the_rules_fit_every_device(model: str, sms: int) -> None:
     """Plans that are compiled, and that the device has shared memory for."""
     some = 0
     for rows, (i, (n, k)) in itertools.product(
-        (2, 8, 16, 24, 32, 64, 96, 128, 256), enumerate(MODELS[model])
+        (2, 8, 16, 24, 32, 64, 96, 128, 256), enumerate(LAYERS[model])
     ):
         plan = many_rows_plan(rows, n, k, sms, gated=i == 2)
         if plan is None:
@@ -162,8 +155,8 @@ def test_the_rules_fit_every_device(model: str, sms: int) -> None:
         assert 2 <= plan.stages <= MAX_STAGES
         assert shared_bytes(plan) <= SHARED
     assert some > 20
-    assert many_rows_plan(MAX_ROWS + 1, *MODELS[model][0], sms, gated=False) is None
-    assert many_rows_plan(32, 151936, MODELS[model][0][1], sms, gated=False) is None
+    assert many_rows_plan(MAX_ROWS + 1, *LAYERS[model][0], sms, gated=False) is None
+    assert many_rows_plan(32, 151936, LAYERS[model][0][1], sms, gated=False) is None
 
 
 def test_the_rules_run(kernels: ManyRows) -> None:

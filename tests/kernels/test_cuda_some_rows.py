@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from few_rows_support import BF16, F32, check_early_launches
+from few_rows_support import BF16, F32, LAYERS, check_early_launches
 from some_rows_support import check
 from torch import Tensor
 from triton_support import randn
@@ -18,12 +18,6 @@ from pymllm_kernels.cuda.some_rows_plan import some_rows_plan
 from pymllm_kernels.triton import launch
 
 DEVICE = torch.device("cuda")
-SHAPES = {
-    "0.6B": ((4096, 1024), (1024, 2048), (3072, 1024), (1024, 3072)),
-    "4B": ((6144, 2560), (2560, 4096), (9728, 2560), (2560, 9728)),
-    "8B": ((6144, 4096), (4096, 4096), (12288, 4096), (4096, 12288)),
-}
-"""n, K: QKV, output, gate and up (gated), down."""
 
 
 def gpu_kernels() -> SomeRows:
@@ -35,11 +29,11 @@ def most_splits() -> int:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("model", LAYERS)
 @pytest.mark.parametrize("rows", [1, 2, 8, 13, 16])
 def test_a_layer_by_the_rules(model: str, rows: int) -> None:
     properties = launch.gpu(DEVICE)
-    for i, (n, k) in enumerate(SHAPES[model]):
+    for i, (n, k) in enumerate(LAYERS[model]):
         norm, gated = i in (0, 2), i == 2
         plan = some_rows_plan(
             rows,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from few_rows_support import BF16, EPS, F32
+from few_rows_support import BF16, EPS, F32, LAYERS
 from some_rows_support import check
 from triton_support import randn
 
@@ -31,13 +31,6 @@ if TYPE_CHECKING:
     from few_rows_emulation import Emulation
 
 NAN = float("nan")
-MODELS = {
-    "0.6B": ((4096, 1024), (1024, 2048), (3072, 1024), (1024, 3072)),
-    "4B": ((6144, 2560), (2560, 4096), (9728, 2560), (2560, 9728)),
-    "8B": ((6144, 4096), (4096, 4096), (12288, 4096), (4096, 12288)),
-}
-"""n, K: QKV, output, gate and up (gated), down."""
-
 pytest_plugins = ("few_rows_emulation",)
 
 
@@ -154,14 +147,14 @@ def test_shared_memory_is_as_python_says(emulation: Emulation) -> None:
         assert found == shared_bytes(rows, plan, gated=gated, norm=norm)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", LAYERS)
 @pytest.mark.parametrize(
     ("sms", "shared", "clusters"),
     [(132, 227 << 10, True), (114, 227 << 10, True), (108, 163 << 10, False), (16, 99 << 10, False)],
 )
 def test_the_rules_fit_every_device(model: str, sms: int, shared: int, clusters: bool) -> None:
     """Plans that are compiled, and that the device has shared memory for."""
-    for rows, (i, (n, k)) in itertools.product((1, 2, 8, 16), enumerate(MODELS[model])):
+    for rows, (i, (n, k)) in itertools.product((1, 2, 8, 16), enumerate(LAYERS[model])):
         norm, gated = i in (0, 2), i == 2
         plan = some_rows_plan(rows, n, k, sms, gated=gated, normed=norm, shared=shared, clusters=clusters)
         assert k % plan.block_k == 0
