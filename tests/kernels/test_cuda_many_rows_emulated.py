@@ -18,6 +18,7 @@ from triton_support import randn
 
 from pymllm_kernels.cuda.few_rows_library import FewRowsError, Operand
 from pymllm_kernels.cuda.many_rows_library import (
+    CHUNK,
     MAX_STAGES,
     X_ROWS,
     Arguments,
@@ -157,6 +158,14 @@ def test_the_rules_fit_every_device(model: str, sms: int) -> None:
     assert some > 20
     assert many_rows_plan(MAX_ROWS + 1, *LAYERS[model][0], sms, gated=False) is None
     assert many_rows_plan(32, 151936, LAYERS[model][0][1], sms, gated=False) is None
+
+
+@pytest.mark.parametrize("k", [8, 64, 200, 256, 1000, 1024])
+def test_blocks_that_share_columns_have_some(k: int) -> None:
+    plan = many_rows_plan(16, 64, k, 132, gated=False)
+    assert plan is not None
+    assert plan.splits == 1 or plan.splits * CHUNK <= k
+    assert plan.splits == min(8, max(1, 1 << (k // CHUNK).bit_length() >> 1))
 
 
 def test_the_rules_run(kernels: ManyRows) -> None:

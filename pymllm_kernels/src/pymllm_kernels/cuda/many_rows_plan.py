@@ -93,4 +93,6 @@ def _splits(rows: int, blocks: int, k: int, sms: int) -> int:
     splits = 1 if blocks >= share * sms else 2
     while splits < 8 and blocks * splits < HALF * sms:
         splits *= 2
+    while splits > 1 and splits * CHUNK > k:
+        splits //= 2  # each has a chunk at least
     return splits
