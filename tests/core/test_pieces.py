@@ -207,3 +207,11 @@ def test_without_memory_for_pieces_answers_are_the_same(toy: Path, caplog: pytes
     assert len(tried) == len(set(tried))
     assert "operator by operator: 10 MiB more were asked for" in caplog.text
     check_idle(engine)
+
+
+def test_a_slow_device_is_not_kept_busy_beforehand(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first slow one may have compiled something; the second one is the last."""
+    monkeypatch.setattr(pieces, "SLOW_S", -1.0)
+    engine, counter = with_pieces(toy, max_prefill_tokens=70, max_running_requests=5)
+    assert [engine.warm_up() for _ in range(3)] == [True, True, False]
+    assert len(counter.captures) == 2

@@ -127,7 +127,7 @@ class Engine:
         return deltas
 
     def warm_up(self) -> bool:
-        """Do some of what later steps would wait for, some 40 ms; False where nothing is left, or there is work.
+        """Do some of what later steps would wait for, a tenth of a second; False where none is left, or there is work.
 
         A server does so while it has no requests: else the first steps with prompts take ten times as long.
         """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +36,10 @@ A prompt that comes while many sequences decode makes a step that samples for al
 
 SIZES = (*range(16, 64, 16), *range(64, 512, 64), *range(512, 1024, 128), *range(1024, MAX_TOKENS + 1, 256))
 """Numbers of tokens: at most a fifth of a step is padding from 256 tokens on."""
+
+SLOW_S = 0.1
+"""A capture beforehand that takes longer keeps requests waiting, for a device that is the slower one anyway: two in a
+row (the first may have compiled its kernels) end it."""
 
 Attend = Callable[[Tensor, LayerKV], Tensor]
 Step = Callable[[AttentionBackend], Tensor]
@@ -85,19 +90,29 @@ class PieceGraphs:
         self._slots = torch.zeros(largest, dtype=torch.int64, device=device)
         self._rows = torch.zeros(self._outputs[-1], dtype=torch.int64, device=device)
         self._out = torch.empty(0)
-        # Those that have not been captured yet, few outputs first, and those for which there was no memory.
-        self._missing = [(size, outputs) for outputs in self._outputs for size in self.sizes][::-1]
+        # Those that have not been captured yet, small ones first, and those for which there was no memory.
+        self._missing = [(size, outputs) for size in self.sizes for outputs in self._outputs][::-1]
+        self._slow = False
         self._refused: set[tuple[int, int]] = set()
 
     def capture_next(self) -> bool:
-        """Capture one that has not come yet; False where there is none. Not while a step is under way."""
+        """Capture one that has not come yet; False where there is none, or it takes too long (`SLOW_S`).
+
+        Not while a step is under way.
+        """
         while self._missing:
             size, count = self._missing.pop()
             if (size, count) in self._replays or (size, count) in self._refused:
                 continue
             self._ids[:size], self._positions[:size], self._slots[:size] = 0, 0, self._spare
             self._rows[:count] = 0
+            begin = time.monotonic()
             self._capture_piece(size, count)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            slow, self._slow = self._slow, time.monotonic() - begin > SLOW_S
+            if slow and self._slow:
+                self._missing.clear()
             return True
         return False
 

@@ -43,6 +43,6 @@ def choose_split(items: int, max_kv_len: int, gpu: Gpu, dim: int) -> Split:
         if gpu.major >= 9 and splits > 1 and max_kv_len > SHORT:
             return Split(splits, cluster=2, warps=8)
         return Split(splits, least=2, warps=8)
-    # Several blocks a multiprocessor. Parts of 512 tokens at least are worth meeting in global memory. Clusters of two
-    # are 2 % faster for many long sequences, and make a step of 64 short ones 10 % longer.
+    # Several blocks a multiprocessor. Parts of 512 tokens at least are worth meeting in global memory. Clusters of
+    # two are 2 % faster for many long sequences, and steps of 64 short ones were 10 % longer with them (on another machine).
     return Split(min(4, power_of_2(ceil_div(max_kv_len, 32 * TILE))), least=8)
