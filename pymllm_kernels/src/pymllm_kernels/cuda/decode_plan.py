@@ -44,5 +44,5 @@ def choose_split(items: int, max_kv_len: int, gpu: Gpu, dim: int) -> Split:
             return Split(splits, cluster=2, warps=8)
         return Split(splits, least=2, warps=8)
     # Several blocks a multiprocessor. Parts of 512 tokens at least are worth meeting in global memory. Clusters of
-    # two are 2 % faster for many long sequences, and steps of 64 short ones were 10 % longer with them (on another machine).
+    # two are 2 % faster for many long sequences; steps of 64 short ones were 10 % longer with them, on another machine.
     return Split(min(4, power_of_2(ceil_div(max_kv_len, 32 * TILE))), least=8)
