@@ -10,7 +10,7 @@ import time
 import pytest
 from server_fakes import FakeEngine
 
-MAX_HEAD_BYTES = 16 * 1024  # h11's own, which uvicorn leaves as it is
+from pymllm_server.protocol import MAX_HEAD_BYTES
 
 REFUSED = "Invalid HTTP request received."
 BODY = json.dumps({"prompt": "ab", "max_tokens": 2}).encode()

@@ -21,6 +21,7 @@ from pymllm_core.errors import PymllmError
 from pymllm_server.app import create_app
 from pymllm_server.interface import Engine
 from pymllm_server.listen import is_loopback, listen
+from pymllm_server.protocol import HttpProtocol
 from pymllm_server.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -131,8 +132,8 @@ def run(settings: Settings) -> int:
 def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        # Not httptools, which uvicorn takes where it is installed: faster, but without a limit to heads.
-        http="h11",
+        http=HttpProtocol,
+        loop="uvloop",
         log_config=None,
         access_log=False,
         ws="none",

@@ -87,9 +87,10 @@ class Scheduler:
         if not chunks:
             return None
         num_decodes = sum(1 for chunk in chunks if chunk.count == 1)
-        if num_decodes != len(chunks):
-            # A chunk of one token is a decode to the kernels, whatever it is to the sequence.
-            chunks.sort(key=lambda chunk: chunk.count != 1)
+        # A chunk of one token is a decode to the kernels, whatever it is to the sequence. The longest come first:
+        # attention takes them up in this order, and what it takes up last should be short. As all grow alike, the
+        # order lasts until one joins.
+        chunks.sort(key=lambda chunk: -chunk.start if chunk.count == 1 else 1)
         return Batch(tuple(chunks), num_decodes, tuple(admitted))
 
     def finish(self, sequence: Sequence) -> None:
