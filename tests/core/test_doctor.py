@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import shutil
 import sys
 from types import ModuleType, SimpleNamespace
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pymllm_core import cli
+from pymllm_core import cli, device
 from pymllm_core.commands import checks, doctor
 from pymllm_core.commands.checks import Check
 from pymllm_core.hookspecs import hookimpl
@@ -63,6 +65,43 @@ def test_the_machine_is_described() -> None:
     assert "usable cores" in found["cpu"].detail
     assert "available of" in found["memory"].detail
     assert found["huge pages"].status in ("ok", "info", "warn")
+
+
+@pytest.mark.parametrize("fails", [None, "cuInit", "cuDeviceGet"])
+def test_the_context_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch, fails: str | None) -> None:
+    calls = []
+
+    class Driver:
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any) -> int:
+                calls.append((name, arguments))
+                return 100 if name == fails else 0
+
+            return call
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "EAGER")
+    device.open_cuda(3)
+    names = [name for name, _ in calls]
+    assert (
+        names
+        == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"][
+            : 3 if fails is None else names.index(fails) + 1
+        ]
+    )
+    assert fails == "cuInit" or calls[1][1][1] == 3
+    assert os.environ["CUDA_MODULE_LOADING"] == "EAGER"  # what the user says
+
+
+def test_no_driver_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
+    device.open_cuda(0)
+    assert os.environ["CUDA_MODULE_LOADING"] == "LAZY"
+    monkeypatch.delenv("CUDA_MODULE_LOADING")
 
 
 def test_torch_really_multiplies() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -292,6 +293,44 @@ def test_the_cache_can_be_flushed_from_an_event_loop(start: Any, toy: Path) -> N
         return bool(engine.flush_cache())
 
     assert asyncio.run(flush())
+
+
+def test_starting_twice_is_starting_once(start: Any, toy: Path) -> None:
+    engine = start(toy)
+    pid = pid_of(engine)
+    engine.start()
+    assert pid_of(engine) == pid
+    asyncio.run(engine.wait_ready())
+
+
+def test_a_crowd_comes_in_messages_of_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the engine begins with the first while others are still being read, which one turn of the loop may do."""
+    host = process.EngineProcess(Settings.of("m"), AsyncEngine(Settings.of("m")), load_toy)
+    sent: list[list[str]] = []
+
+    class Pipe:
+        def send_bytes(self, data: bytes) -> None:
+            commands = [pickle.loads(one) for one in pickle.loads(data)]
+            sent.append([arguments[0] for _, arguments in commands])
+
+    monkeypatch.setattr(host, "_connection", Pipe())
+
+    async def crowd(count: int) -> int:
+        for number in range(count):
+            host.abort(str(number))
+        return len(sent)
+
+    async def main() -> int:
+        at_once = await crowd(20)
+        await asyncio.sleep(0)
+        return at_once
+
+    at_once = asyncio.run(main())
+    assert [len(message) for message in sent] == [8, 8, 4]
+    assert at_once == 2
+    assert [name for message in sent for name in message] == [str(number) for number in range(20)]
+    host.abort("from a thread")  # which has no event loop
+    assert sent[-1] == ["from a thread"]
 
 
 def test_a_request_that_cannot_be_sent_is_refused_alone(start: Any, toy: Path) -> None:

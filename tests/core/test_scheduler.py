@@ -160,6 +160,20 @@ def test_decodes_come_before_prompts_and_a_long_prompt_stalls_nobody() -> None:
     assert first.num_generated == 16
 
 
+def test_the_longest_decodes_come_first() -> None:
+    harness = Harness(ChunkCache, num_pages=100, max_prefill=30, chunk=30)
+    lengths = [3, 9, 1, 7]
+    for length in lengths:
+        harness.admit([0] * length, 3)
+    first = harness.step()
+    # A prompt of one token is a decode to the kernels.
+    assert first is not None
+    assert [chunk.count for chunk in first.chunks] == [1, 3, 9, 7]
+    second = harness.step()
+    assert second is not None
+    assert [chunk.start for chunk in second.chunks] == sorted(lengths, reverse=True)
+
+
 def test_prompts_share_the_budget_of_a_step() -> None:
     harness = Harness(ChunkCache, num_pages=100, max_prefill=8, chunk=5)
     harness.admit([0] * 7, 3)

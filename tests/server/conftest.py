@@ -14,8 +14,8 @@ import pytest
 
 from pymllm_core.config import Settings
 from pymllm_server.app import create_app
-from pymllm_server.launch import Server, _uvicorn_config
 from pymllm_server.listen import listen
+from pymllm_server.serving import Server
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves siblings unimportable
 
@@ -33,7 +33,7 @@ class Running:
         self.socket = listen("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server = Server(_uvicorn_config(self.app, self.settings), self.state)
+        self.server = Server(self.app)
         self.thread = threading.Thread(target=lambda: self.server.run(sockets=[self.socket]))
         self.thread.start()
         self.client = httpx.Client(base_url=self.url, timeout=20, trust_env=False)

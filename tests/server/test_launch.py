@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import runpy
+import signal
 import socket
 
 import pytest
@@ -84,6 +85,29 @@ def test_interrupt_before_the_engine_is_there(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_before_the_server_is_there(monkeypatch, capsys, number):
+    """Between the engine's start and the server's: the engine ends in order all the same."""
+
+    class Interrupted(FakeEngine):
+        def start(self):
+            super().start()
+            signal.raise_signal(number)
+
+    engine = Interrupted()
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(launch, "make_engine", lambda settings: engine)
+    monkeypatch.setattr(launch, "configure_logging", lambda level: None)
+    try:
+        assert launch.main(["--server.model_path", "m", "--server.port", str(free_port())]) == 0
+        assert signal.getsignal(signal.SIGINT) is handlers[signal.SIGINT]
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+    assert engine.state == "stopped"
+    assert capsys.readouterr().err == ""
+
+
 def free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -132,7 +156,7 @@ def test_open_host_without_key_warns(monkeypatch, capsys, server, warns):
 
     monkeypatch.setattr(launch, "make_engine", lambda settings: FakeEngine())
     monkeypatch.setattr(launch, "listen", lambda host, port: socket.socket())
-    monkeypatch.setattr(launch.Server, "run", lambda self, sockets: None)
+    monkeypatch.setattr("pymllm_server.serving.Server.run", lambda self, sockets: None)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

@@ -14,7 +14,7 @@ import pytest
 from server_fakes import FakeEngine
 
 from pymllm_core.errors import CheckpointError
-from pymllm_server import launch
+from pymllm_server import serving
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -123,7 +123,7 @@ def test_stopping_ends_requests_with_an_error(serve, stream):
         server.server.should_exit = True
         assert sock.recv(100).startswith(b"HTTP/1.1 503")
         sock.close()
-    server.thread.join(launch.DRAIN_S + 2)
+    server.thread.join(serving.DRAIN_S + 2)
     assert not server.thread.is_alive()
     assert server.engine.state == "stopped"
 
@@ -214,7 +214,7 @@ def test_interrupt_during_a_stream(process):
         child.send_signal(signal.SIGINT)
         assert list(lines)[-1] == "data: [DONE]"
     _, log = child.communicate(timeout=10)
-    assert time.monotonic() - started < launch.DRAIN_S + 2
+    assert time.monotonic() - started < serving.DRAIN_S + 2
     assert child.returncode == 0
     assert "Traceback" not in log
     assert "aborting 1 requests in flight" in log
@@ -232,7 +232,7 @@ def test_a_second_interrupt_does_not_wait(process):
         time.sleep(0.3)
         child.send_signal(signal.SIGINT)
         child.communicate(timeout=5)
-    assert time.monotonic() - started < launch.DRAIN_S
+    assert time.monotonic() - started < serving.DRAIN_S
 
 
 def test_an_engine_that_does_not_stop_is_left_behind(process):

@@ -118,7 +118,25 @@ def test_an_offer_to_speak_another_protocol_is_passed_over(server):
     assert (status, answer["choices"][0]["text"]) == (200, "xy")
 
 
-@pytest.mark.parametrize("noise", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"GET\r\n\r\n"])
+def test_an_offer_costs_nothing_that_comes_with_it(server):
+    """A long body in parts, another request behind it, and the fields but for the offer."""
+    prompt = json.dumps({"prompt": "ab", "max_tokens": 1, "user": "u" * 100_000}).encode()
+    offer = b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nX-Request-Id: mine\r\n"
+    requests = HEAD + offer + b"Content-Length: %d\r\n\r\n" % len(prompt) + prompt
+    requests += HEAD + b"Connection: close\r\n" + LENGTH + b"\r\n" + BODY
+    with connect(server) as sock:
+        for start in range(0, len(requests), 8192):
+            sock.sendall(requests[start : start + 8192])
+            time.sleep(0.001)
+        answers = read_to_end(sock)
+    assert answers.count(b"HTTP/1.1 200 OK") == 2
+    assert answers.index(b"x-request-id: mine") < answers.index(b'"text":"x"') < answers.index(b'"text":"xy"')
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"GET\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n"],
+)
 def test_what_is_no_request(server, noise):
     with connect(server) as sock:
         sock.sendall(noise)

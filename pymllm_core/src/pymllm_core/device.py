@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -83,6 +84,23 @@ def cuda_is_likely() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     return any(Path(name).exists() for name in _CUDA_DEVICES)
+
+
+def open_cuda(index: int) -> None:
+    """Have the driver make device `index`'s context, which takes no part of Python's lock; the CUDA runtime finds it.
+
+    (CUDA Runtime API, "Interactions with the CUDA Driver API": a primary context that is there is used.) Without effect
+    where there is no driver or no such device; `describe_device` says so.
+    """
+    import ctypes
+
+    # As torch sets it, too late for this: before CUDA 12.2 the driver would load every kernel at once.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    with contextlib.suppress(OSError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), index) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def describe_cpu() -> DeviceInfo:

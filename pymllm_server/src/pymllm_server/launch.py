@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
 import os
 import signal
-import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import click
-import uvicorn
-from fastapi import FastAPI
 
 from pymllm_core.config import Settings
 from pymllm_core.errors import PymllmError
-from pymllm_server.app import create_app
 from pymllm_server.interface import Engine
 from pymllm_server.listen import is_loopback, listen
-from pymllm_server.protocol import HttpProtocol
-from pymllm_server.state import ServerState
+
+if TYPE_CHECKING:
+    from pymllm_server.serving import Server
 
 logger = logging.getLogger(__name__)
-
-DRAIN_S = 2.0
-"""How long requests in flight may go on once the server was told to stop."""
-CLOSE_S = 3
-"""How long the connections may take to close after `DRAIN_S`; then they are cut."""
-
-
-class Server(uvicorn.Server):
-    """Uvicorn, which on the first signal lets requests end, then aborts them; a second ends at once."""
-
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
-        super().__init__(config)
-        self._state = state
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Uvicorn waits for the connections here; the drain, beside it, makes them end."""
-        drain = asyncio.create_task(self._state.drain(DRAIN_S))
-        try:
-            await super().shutdown(sockets)
-        finally:
-            drain.cancel()
 
 
 def configure_logging(level: str) -> None:
@@ -80,6 +56,22 @@ def keep_what_is_there() -> None:
     gc.enable()
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """What would interrupt does so at the end, when there is a server that can end in order; SIGTERM, too."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        # Uvicorn hands the signal on after it has shut down; a server that was told to end has not failed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
 def run(settings: Settings) -> int:
     """Serve until stopped; the exit code."""
     server_settings = settings.server
@@ -107,11 +99,15 @@ def run(settings: Settings) -> int:
 
     with sock:
         engine = make_engine(settings)
-        app = create_app(engine, settings, on_ready=keep_what_is_there, on_failure=on_failure)
-        server = Server(_uvicorn_config(app, settings), app.state.server)
-        # Uvicorn hands the signal on after it has shut down; a server that was told to end has not failed.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
+            with _interrupts_held():
+                engine.start()
+                # Imported while the engine imports torch.
+                from pymllm_server.app import create_app
+                from pymllm_server.serving import Server
+
+                app = create_app(engine, settings, on_ready=keep_what_is_there, on_failure=on_failure)
+                server = Server(app)
             server.run(sockets=[sock])
         gc.enable()
     loading = engine.state == "loading"
@@ -127,20 +123,6 @@ def run(settings: Settings) -> int:
         return 1
     logger.info("stopped")
     return 0
-
-
-def _uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=HttpProtocol,
-        loop="uvloop",
-        log_config=None,
-        access_log=False,
-        ws="none",
-        lifespan="on",
-        server_header=False,
-        timeout_graceful_shutdown=int(DRAIN_S) + CLOSE_S,
-    )
 
 
 def main(argv: Sequence[str] | None = None, *, model: str | None = None) -> int:

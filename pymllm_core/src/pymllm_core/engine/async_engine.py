@@ -56,6 +56,7 @@ class AsyncEngine:
         host = EngineProcess if has_own_process(settings) else EngineLoop
         self._host = host(settings, self, load)
         self._lock = threading.Lock()
+        self._begun = False
         self._streams: dict[str, Stream] = {}
         self._flushes: deque[Future[bool]] = deque()
         self._loaded = threading.Event()
@@ -71,8 +72,11 @@ class AsyncEngine:
     # -- life -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin loading; returns at once."""
-        self._host.start()
+        """Begin loading; returns at once. Without effect where it has begun."""
+        with self._lock:
+            begun, self._begun = self._begun, True
+        if not begun:
+            self._host.start()
 
     async def wait_ready(self) -> None:
         """Until the engine serves; raises what loading raised."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from pymllm_core.config import Settings
+from pymllm_core.device import cuda_is_likely, open_cuda
 from pymllm_core.engine.status import Cancelled, EngineStats, Progress, ProgressCallback
 from pymllm_core.errors import RequestError
 from pymllm_core.output import Delta, Usage
@@ -75,7 +76,9 @@ def load_engine(
     settings: Settings, progress: ProgressCallback, planned: Callable[[Plan], None], cancel: threading.Event
 ) -> Engine:
     """The engine that the settings and the installed plugins give."""
-    # Importing torch takes seconds, during which a server answers already.
+    # Importing torch takes seconds, during which a server answers already, and the driver can make its context.
+    if settings.server.device != "cpu" and cuda_is_likely():
+        threading.Thread(target=open_cuda, args=(settings.server.base_gpu_id,), daemon=True).start()
     progress(Progress("importing torch"))
     from pymllm_core.engine.build import assemble, build_engine
 

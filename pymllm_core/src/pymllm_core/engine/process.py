@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 STOP_LOADING_S = 0.3
 """How long a process that loads may take to end: nothing can be lost then, and imports and compilers do not listen."""
 
+TOGETHER = 8
+"""Commands that wait for each other at most: the engine begins with the first of a crowd while others are read."""
+
 
 class EngineProcess:
     """An `EngineHost`: a child process with an `EngineLoop`, and a thread here that reads its news."""
@@ -96,7 +99,7 @@ class EngineProcess:
         return True
 
     def _send(self, command: str, *arguments: Any) -> None:
-        """Send now, or from an event loop's thread when the loop has done what it is at: many requests in one go.
+        """Send now, or from an event loop's thread when the loop has done what it is at: `TOGETHER` in one go.
 
         Raises what pickling the arguments raises.
         """
@@ -107,10 +110,11 @@ class EngineProcess:
             loop = None
         with self._sending:
             self._outbox.append(message)
-            if loop is not None and self._flusher is loop:
+            full = len(self._outbox) >= TOGETHER
+            if loop is not None and self._flusher is loop and not full:
                 return
             self._flusher = loop
-        if loop is None:
+        if loop is None or full:
             self._flush()
         else:
             loop.call_soon(self._flush)
