@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pymllm_core.config import ServerSettings, Settings
+from pymllm_core.engine import loop as loop_module
 from pymllm_core.engine.engine import Engine
 from pymllm_core.engine.loop import EngineLoop
 from pymllm_core.engine.status import EngineStats
@@ -38,6 +39,23 @@ class Listener:
 
     def ended(self, error: BaseException | None) -> None:
         self.has_ended.set()
+
+
+def test_it_does_not_warm_up_between_two_crowds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose requests would wait for it; and they do not wait for the quiet to end either."""
+    write_toy(tmp_path)
+    monkeypatch.setattr(loop_module, "QUIET_S", 60.0)
+    monkeypatch.setattr(Engine, "warm_up", lambda engine: pytest.fail("it was not quiet"))
+    listener = Listener()
+    settings = Settings(server=ServerSettings(model_path=str(tmp_path)))
+    loop = EngineLoop(settings, listener, lambda *_: make_engine(tmp_path))
+    loop.start()
+    assert listener.is_ready.wait(60)
+    for name in "ab":
+        listener.answered.clear()
+        loop.add(Request(name, (1, 2, 3), greedy(2)))
+        assert listener.answered.wait(10)
+    assert loop.stop(10)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["warm", "fails"])

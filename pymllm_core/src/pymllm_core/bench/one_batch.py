@@ -164,8 +164,10 @@ class OneBatch:
                 logged(step, seconds)
 
         if not self.options.skip_warmup:
-            # Each setting, because kernels may be compiled or chosen for each number of rows.
-            time_batch(self.engine, prompts, min(size.output_len, WARMUP_STEPS + 1))
+            # Each setting, because kernels may be compiled or chosen for each number of rows; then a step with prompts
+            # is captured, as a server does before it comes.
+            for steps in (WARMUP_STEPS, 1):
+                time_batch(self.engine, prompts, min(size.output_len, steps + 1))
         return [
             time_batch(self.engine, prompts, size.output_len, on_step) for _ in range(self.options.repeat)
         ]

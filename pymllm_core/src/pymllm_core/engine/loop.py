@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+QUIET_S = 0.2
+"""An engine without work for so long has the time to prepare steps; less lies between two crowds of requests."""
+
 
 class Listener(Protocol):
     """Who is told; on the engine's thread, or the one that reads from its process."""
@@ -161,12 +164,13 @@ class EngineLoop:
 
     def _await_commands(self, engine: Engine) -> None:
         """Until there is something to do."""
+        quiet = False
         while not self._cancel.is_set():
             with self._wake:
                 if self._inbox or engine.has_work or self._cancel.is_set():
                     return
-                if not self._warms_up:
-                    self._wake.wait()
+                if not (self._warms_up and quiet):
+                    quiet = not self._wake.wait(QUIET_S if self._warms_up else None)
                     continue
             self._warm_up(engine)
 
