@@ -168,9 +168,10 @@ FEW = [
 MANY = [
     Split(1),
     Split(4, least=8),
+    Split(4, least=16),
+    Split(4, least=24),
+    Split(4, least=32),
     Split(4, least=8, cluster=2),
-    Split(4, least=8, cluster=4),
-    Split(4, cluster=2),
     Split(2, cluster=2),
     Split(2, least=4, cluster=2),
     Split(8, least=8, cluster=2),
@@ -209,7 +210,10 @@ def main() -> None:
         if arguments.many:
             for batch in (32, 64, 128, 256):
                 lengths = torch.randint(100, 2048, (batch,), generator=generator).tolist()
-                alone(report, f"{model} {batch}x100..2048", shape, lengths, MANY if arguments.tune else [])
+                tune = MANY if arguments.tune else []
+                alone(report, f"{model} {batch}x100..2048 as they come", shape, lengths, tune)
+                # As the scheduler has them.
+                alone(report, f"{model} {batch}x100..2048", shape, sorted(lengths, reverse=True), tune)
 
 
 if __name__ == "__main__":
