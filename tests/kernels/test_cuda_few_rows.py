@@ -51,7 +51,7 @@ def test_groups(rows: int, group: int, zero_points: bool) -> None:
 
 ONE_ROW = [
     Plan(row_tiles, warps, True, ahead, blocks, closer)
-    for row_tiles, ahead in ((1, 2), (1, 8), (2, 4), (2, 5), (4, 2), (4, 4))
+    for row_tiles, ahead in ((1, 5), (1, 8), (1, 10), (2, 4), (2, 5), (4, 2), (4, 4))
     for warps in (1, 8)
     for blocks, closer in ((3, 2048), (999, 0))
 ]

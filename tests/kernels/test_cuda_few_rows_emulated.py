@@ -93,7 +93,7 @@ def test_every_size_of_tiles(form: Format, plan: Plan) -> None:
 
 ONE_ROW = [
     Plan(row_tiles, warps, True, ahead, blocks, closer)
-    for row_tiles, ahead in ((1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (2, 5), (2, 8), (4, 2), (4, 4))
+    for row_tiles, ahead in ((1, 5), (1, 8), (1, 10), (2, 2), (2, 4), (2, 5), (2, 8), (4, 2), (4, 4))
     for warps, blocks, closer in ((1, 3, 5000), (8, 999, 0))
 ]
 
@@ -211,7 +211,7 @@ def test_codes_are_those_of_the_definition() -> None:
     assert torch.equal(several, wanted)
     for row in range(len(x)):
         one = own_product(
-            node, x[row : row + 1], packed, Plan(1, 1, True, 2), norm=None, residual=None, out_dtype=F32
+            node, x[row : row + 1], packed, Plan(1, 1, True, 5), norm=None, residual=None, out_dtype=F32
         )
         assert torch.equal(one, wanted[row : row + 1])
 

@@ -34,10 +34,10 @@ pytestmark = pytest.mark.usefixtures("emulated_nodes")
 @pytest.mark.parametrize(
     ("form", "rows", "k", "plan"),
     [
-        ("bfloat16", 1, 12, Plan(1, 2, True, 2)),  # K
-        ("bfloat16", 2, 64, Plan(1, 2, True, 2)),  # rows
+        ("bfloat16", 1, 12, Plan(1, 2, True, 5)),  # K
+        ("bfloat16", 2, 64, Plan(1, 2, True, 5)),  # rows
         ("bfloat16", 1, 64, Plan(1, 2, True)),  # tiles of bfloat16
-        ("bfloat16", 1, 64, Plan(1, 9, True, 2)),  # warps
+        ("bfloat16", 1, 64, Plan(1, 9, True, 5)),  # warps
         ("int8", 2, 96, Plan(1, 2, False)),  # K
         ("int8", 9, 64, Plan(1, 2, False)),  # rows
         ("int8", 2, 64, Plan(1, 2, True)),  # rows in shared memory

@@ -43,12 +43,14 @@ def one_row_plan(n: int, k: int, sms: int, *, gated: bool, bits: int) -> Plan:
 def _bfloat16_plan(n: int, k: int, sms: int, *, gated: bool) -> Plan:
     if is_head(n, sms):
         return Plan(4, 8, staged=True, ahead=2)
+    chunks = ceil_div(k, 256)  # of 512 bytes, of a row of the weight
     if gated:
-        row_tiles, ahead, blocks = (1, 8, 2 * sms) if k < 4096 else (2, 4, 4 * sms)
+        # Turns of which none is partly empty.
+        row_tiles, ahead, blocks = (1, 8 if chunks % 5 else 5, 2 * sms) if k < 4096 else (2, 4, 4 * sms)
         return Plan(row_tiles, 8, True, ahead, blocks, CLOSER_BFLOAT16)
     if n > k:
         return Plan(2, 8, True, 4, closer=CLOSER_BFLOAT16)
-    return Plan(1, 8, True, 8, closer=CLOSER_BFLOAT16)
+    return Plan(1, 8, True, 10, closer=CLOSER_BFLOAT16)
 
 
 def _int8_plan(n: int, chunks: int, sms: int, *, gated: bool) -> Plan:

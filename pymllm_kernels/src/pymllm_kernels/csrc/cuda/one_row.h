@@ -128,9 +128,9 @@ int run_rows(const FewRowsArguments& a, cudaStream_t stream) {
 template <bool GATED>
 int choose_one_row(const FewRowsArguments& a, cudaStream_t stream) {
   switch (a.row_tiles * 16 + a.ahead) {
-    case 16 + 2: return run_rows<1, GATED, 2>(a, stream);
-    case 16 + 4: return run_rows<1, GATED, 4>(a, stream);
+    case 16 + 5: return run_rows<1, GATED, 5>(a, stream);
     case 16 + 8: return run_rows<1, GATED, 8>(a, stream);
+    case 16 + 10: return run_rows<1, GATED, 10>(a, stream);
     case 32 + 2: return run_rows<2, GATED, 2>(a, stream);
     case 32 + 4: return run_rows<2, GATED, 4>(a, stream);
     case 32 + 5: return run_rows<2, GATED, 5>(a, stream);
