@@ -133,6 +133,14 @@ def test_an_offer_costs_nothing_that_comes_with_it(server):
     assert answers.index(b"x-request-id: mine") < answers.index(b'"text":"x"') < answers.index(b'"text":"xy"')
 
 
+def test_a_thousand_offers_in_one_packet(server):
+    """Neither the depth of a call nor a copy each."""
+    with connect(server) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: a\r\n\r\n" * 2000)
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert read_to_end(sock).count(b"HTTP/1.1 200 OK") == 2001
+
+
 @pytest.mark.parametrize(
     "noise",
     [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"GET\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n"],

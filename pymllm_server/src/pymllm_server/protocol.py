@@ -25,10 +25,15 @@ class HttpProtocol(HttpToolsProtocol):
         """Parse what came; what is no HTTP, or has too long a head, is answered with 400 and the connection closed."""
         self._unset_keepalive_if_required()
         self._untold += len(data)
+        rest = memoryview(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._pass_over(data[offer.args[0] :])
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    break
+                except httptools.HttpParserUpgrade as offer:
+                    rest = rest[offer.args[0] :]
+                    self._pass_over()
         except httptools.HttpParserError:
             self._refuse()
         else:
@@ -66,15 +71,14 @@ class HttpProtocol(HttpToolsProtocol):
         if self._fields > MAX_HEAD_BYTES:
             raise ValueError("the head is too long")  # which feed_data raises as an HttpParserError
 
-    def _pass_over(self, rest: bytes) -> None:
-        """Read the request again without its offer. rest: what came after its head."""
+    def _pass_over(self) -> None:
+        """Read the head again without its offer. Raises HttpParserError for CONNECT, which asks for a tunnel."""
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        if method == b"CONNECT":  # asks for a tunnel, which cannot be taken away from it
-            self._refuse()
-            return
+        if method == b"CONNECT":
+            raise httptools.HttpParserInvalidMethodError("no tunnels")
         fields = [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"%s %s HTTP/%s\r\n%s\r\n%s" % (method, self.url, version, b"".join(fields), rest))
+        self.parser.feed_data(b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(fields)))
 
     def _refuse(self) -> None:
         message = "Invalid HTTP request received."
