@@ -59,7 +59,7 @@ def test_weights_are_asked_for_before_the_wait(form: Format, nvdisasm: str, tmp_
     products = {name: count for name, count in found.items() if "prepare" not in name}
     assert len(products) == {"bfloat16": 18, "int8": 23, "int4": 18}[form.weights]
     for name, before in products.items():
-        if one_row := re.search(r"one_row_kernelILi(\d)ELb([01])ELi(\d)E", name):
+        if one_row := re.search(r"one_row_kernelILi(\d)ELb([01])ELi(\d+)E", name):
             rows, gated, ahead = map(int, one_row.groups())
             expected = rows * (1 + gated) * ahead
         else:
